@@ -1,0 +1,23 @@
+"""MoE-LoRA adapters behind one protocol: attach, train, route, merge, save, load."""
+
+from .attach import Attachment, attach, attachment
+from .errors import MoepeftError
+from .io import load
+from .protocols import Adapter, AdapterFactory, Capabilities, LinearSite
+from .registry import available, method
+from .sites import find_sites
+
+__all__ = [
+    "Adapter",
+    "AdapterFactory",
+    "Attachment",
+    "Capabilities",
+    "LinearSite",
+    "MoepeftError",
+    "attach",
+    "attachment",
+    "available",
+    "find_sites",
+    "load",
+    "method",
+]

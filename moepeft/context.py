@@ -1,0 +1,153 @@
+"""What one forward pass knows: the tasks of its rows, its padding masks, and what the adapters recorded.
+
+One `Runtime` belongs to one attached model; it is plain data reached through the model's modules, never a global and
+never a closure, so a deep copy or a pickle of the model takes its own along. Each site reads it through its
+`SiteContext`. The values stay until the next forward begins: gradient checkpointing recomputes layers during backward
+and must see what the forward saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from .errors import MissingRouting
+from .protocols import LinearSite, Stream
+
+
+@dataclass
+class Runtime:
+    """State of one attached model.
+
+    Attributes:
+        enabled: False inside `Attachment.disabled`.
+        shared: the module all sites own together, if the method has one (registered once, on the model's root).
+        routed: task ids set by `Attachment.route`; those given to the call itself win.
+        task_ids: task ids of the current forward, shape (rows,), or (rows, k) for rows of several tasks.
+        masks: padding mask of each stream, shape (rows, positions), nonzero on real tokens.
+        begun_by: the module whose call is under way, None between calls.
+        continues: the current call continues an earlier one (cached decoding, decoder after a separate encoder call).
+        grad_expected: whether autograd was on and the model training when the current forward began.
+        losses: loss name -> site name -> recorded term.
+        values: what sites tell each other within a forward, by key.
+        stats: site name -> routing statistics, filled only while `recording`.
+        recording: statistics are wanted.
+    """
+
+    enabled: bool = True
+    shared: nn.Module | None = None
+    routed: Tensor | None = None
+    task_ids: Tensor | None = None
+    masks: dict[Stream, Tensor | None] = field(default_factory=dict)
+    begun_by: nn.Module | None = None
+    continues: bool = False
+    grad_expected: bool = False
+    losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    recording: bool = False
+
+    def begin(
+        self, task_ids: Tensor | None, masks: dict[Stream, Tensor | None], *, continues: bool, training: bool
+    ) -> None:
+        """Start a forward pass: forget the last one, unless this call continues it."""
+        self.task_ids = task_ids if task_ids is not None else self.routed
+        self.masks = masks
+        self.continues = continues
+        self.grad_expected = training and torch.is_grad_enabled()
+        self.losses = {}
+        if not continues:
+            self.values = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Activations of the last forward carry graphs, which neither pickle nor deepcopy; they are nobody's state.
+        kept = self.__dict__.copy()
+        kept.update(task_ids=None, masks={}, losses={}, values={}, stats={}, continues=False, begun_by=None)
+        return kept
+
+
+@dataclass
+class SiteContext:
+    """One site's view of the `Runtime`."""
+
+    runtime: Runtime
+    site: LinearSite
+
+    def tasks(self, rows: int) -> Int[Tensor, "rows"]:
+        """Task of each of `rows` input rows.
+
+        Raises:
+            MissingRouting: no ids were given, their number does not divide `rows`, or a row has several.
+        """
+        ids = self.task_sets(rows)
+        if ids.shape[1] != 1:
+            raise MissingRouting(
+                f"site {self.site.name!r} takes one task per row, got task_ids of shape {tuple(ids.shape)}"
+            )
+        return ids[:, 0]
+
+    def task_sets(self, rows: int) -> Int[Tensor, "rows ids"]:
+        """Tasks of each of `rows` input rows, padded with -1 for methods that know rows of several tasks.
+
+        Beam search and models that flatten positions into the batch repeat every row in place; so do the ids.
+
+        Raises:
+            MissingRouting: no ids were given, or their number does not divide `rows`.
+        """
+        ids = self.runtime.task_ids
+        if ids is None:
+            raise MissingRouting(
+                f"site {self.site.name!r} routes by task but the call had no task ids: pass task_ids (one per row) to "
+                "the model call, or call it inside `with adapters.route(task_ids=...)`"
+            )
+        if rows % ids.shape[0]:
+            raise MissingRouting(
+                f"got {ids.shape[0]} task ids for {rows} rows at site {self.site.name!r}: pass one id per row"
+            )
+        ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
+        return ids if ids.shape[0] == rows else ids.repeat_interleave(rows // ids.shape[0], dim=0)
+
+    def mask(self, x: Tensor) -> Bool[Tensor, "rows positions"] | None:
+        """Which positions of the input `x` (rows, positions, features) are real tokens; None when nothing is padding.
+
+        Under a key-value cache the mask covers the past as well: its last columns belong to `x`.
+
+        Raises:
+            MissingRouting: the mask fits the input neither way.
+        """
+        mask = self.runtime.masks.get(self.site.stream)
+        if mask is None or x.dim() < 3:
+            return None
+        if mask.dim() != 2 or mask.shape[1] < x.shape[1] or x.shape[0] % mask.shape[0]:
+            raise MissingRouting(
+                f"site {self.site.name!r} needs a padding mask of shape (rows, positions) for an input of shape "
+                f"{tuple(x.shape)}, got attention_mask of shape {tuple(mask.shape)}"
+            )
+        mask = mask[:, mask.shape[1] - x.shape[1] :].bool()
+        return mask if mask.shape[0] == x.shape[0] else mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
+
+    @property
+    def continues(self) -> bool:
+        """Whether this forward continues an earlier one (`Runtime.continues`)."""
+        return self.runtime.continues
+
+    def loss(self, name: str, term: Tensor) -> None:
+        """Record this site's term of an auxiliary loss. Keyed by site, so a recomputation overwrites it."""
+        self.runtime.losses.setdefault(name, {})[self.site.name] = term
+
+    def put(self, key: str, value: Any) -> None:
+        """Leave a value for sites that run later in this forward."""
+        self.runtime.values[key] = value
+
+    def get(self, key: str) -> Any:
+        """A value left by an earlier site of this forward, or None."""
+        return self.runtime.values.get(key)
+
+    def stat(self, name: str, value: Tensor) -> None:
+        """Record a routing statistic; free while nobody asked for them."""
+        if self.runtime.recording:
+            self.runtime.stats.setdefault(self.site.name, {})[name] = value.detach()

@@ -1,0 +1,90 @@
+"""Fold updates into base weights, keeping a copy, and put the weights back bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MissingRouting, NotMergeable
+from .protocols import LinearSite, Mergeable
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+
+def merge(attachment: Attachment, task: int | None) -> dict[str, Tensor]:
+    """Add every site's update to its weight. Returns the weights as they were; on an error nothing has changed."""
+    from .attach import unbind
+
+    _check(attachment, task)
+    merged = {site.name: _merged_weight(attachment, site, task) for site in attachment.sites}
+    kept = {}
+    for site in attachment.sites:
+        weight = _weight(attachment.module(site), site)
+        kept[site.name] = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(merged[site.name])
+        unbind(attachment.module(site))  # the layer runs as the bare model's does, at its speed
+    return kept
+
+
+def unmerge(attachment: Attachment, kept: dict[str, Tensor] | None) -> None:
+    """Undo `merge`."""
+    from .attach import bind
+
+    if kept is None:
+        raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
+    for site in attachment.sites:
+        module = attachment.module(site)
+        with torch.no_grad():
+            _weight(module, site).copy_(kept[site.name])
+        bind(module)
+
+
+def _check(attachment: Attachment, task: int | None) -> None:
+    capabilities = attachment.factory.capabilities
+    if attachment.merged:
+        raise NotMergeable("the adapters are merged already: call unmerge() first")
+    if capabilities.not_mergeable is not None:
+        raise NotMergeable(f"{attachment.factory.name} cannot be merged: {capabilities.not_mergeable}")
+    by_task = capabilities.routing == "task"
+    if by_task and task is None:
+        raise MissingRouting(f"{attachment.factory.name} has one update per task: call merge(task=...)")
+    if not by_task and task is not None:
+        raise MissingRouting(f"{attachment.factory.name} has the same update for all tasks: call merge() without task")
+
+
+def _merged_weight(attachment: Attachment, site: LinearSite, task: int | None) -> Tensor:
+    module = attachment.module(site)
+    weight = _weight(module, site)
+    adapter = attachment.adapters[site.name]
+    assert isinstance(adapter, Mergeable), f"{type(adapter).__name__} says it merges but has no delta_weight"
+    with torch.no_grad():
+        delta = adapter.delta_weight(task)
+        if _is_transposed(module):
+            delta = delta.T
+        # Summed in the wider of the two types: a bf16 base must not round the update before adding it.
+        wide = torch.promote_types(weight.dtype, delta.dtype)
+        total = (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+    if not torch.isfinite(total).all():
+        raise NotMergeable(f"merging {site.name!r} gives values that are not finite; the model was left as it was")
+    return total
+
+
+def _weight(module: nn.Module, site: LinearSite) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    shape = (site.out_features, site.in_features)
+    expected = shape[::-1] if _is_transposed(module) else shape
+    if not weight.is_floating_point() or tuple(weight.shape) != expected:
+        raise NotMergeable(
+            f"the weight of {site.name!r} is {weight.dtype} of shape {tuple(weight.shape)}, not a floating-point "
+            f"matrix of shape {expected}: quantised layers cannot take an update. Load the base unquantised to merge"
+        )
+    return weight
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,187 @@
+"""MoRE: one LoRA whose rank depends on the task.
+
+Paper: Zhang et al., MoRE: A Mixture of Low-Rank Experts for Adaptive Multi-Task Learning, arXiv 2505.22694.
+Release: NLPfreshman0/MoRE, commit b31d8feb (no licence: computed anew, nothing copied).
+
+    p_t = softmax(G e_t + c)          G (r, in), c (r), task table e (T, in); all per site
+    m_t = argmax p_t + 1              the rank that task t uses
+    y = W0 x + (alpha / r) s_t B[:, :m_t] diag(c_k) A[:m_t] x,    s_t = p_t[m_t] - stop_gradient(p_t[m_t]) + 1
+
+The straight-through factor s_t is 1 and passes the task's gradient to the selector. Rows use different ranks through
+a mask on the rank space. A contrastive loss pulls a row's summary towards its task's embedding.
+
+Differences between paper and release (preset `released` reproduces those that change numbers):
+* the selector never trains in the release: the map from task to rank is frozen at the first forward, a draw made by
+  the initialisation: ``selector="frozen"``. Here the frozen map is saved, so that it survives a reload;
+* the paper scales the output by r_t / |T|; the release weighs term k by (k / 8)^2 whatever the rank:
+  ``scaling="quadratic"``. In the paper r and |T| are both 8; ``scaling="linear"`` divides by r;
+* the release summarises a row by position 0 (the task's name in its prompts): ``anchor="first"``; the mean over real
+  tokens is the default here;
+* ranks above the eighth are never used in the release; its decoder's contrastive terms are dropped: not reproduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moepeft.context import SiteContext
+from moepeft.methods._common import check_choice, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.protocols import Base, Capabilities, LinearSite
+from moepeft.routing import contrastive_task_loss, first_position, per_row, row_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoRE:
+    """Configuration of MoRE.
+
+    Attributes:
+        rank: largest rank r, and the number of ranks to choose from.
+        alpha: numerator of the scale alpha / r.
+        num_tasks: number of tasks T.
+        selector: train the choice of ranks, or freeze it at the first forward.
+        scaling: factor of the update by rank: none, m_t / r on the whole, or (k / 8)^2 on its k-th term.
+        contrastive: coefficient of the contrastive loss.
+        temperature: its temperature.
+        anchor: a row's summary in it: mean over real tokens, or position 0.
+        dropout: probability of dropping an input feature of the adapter while training.
+    """
+
+    name: ClassVar[str] = "more"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {},
+        "released": {"selector": "frozen", "scaling": "quadratic", "anchor": "first"},
+    }
+
+    rank: int = 8
+    alpha: float = 32.0
+    num_tasks: int = 1
+    selector: Literal["trained", "frozen"] = "trained"
+    scaling: Literal["none", "linear", "quadratic"] = "linear"
+    contrastive: float = 0.1
+    temperature: float = 0.05
+    anchor: Literal["mean", "first"] = "mean"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("MoRE", "rank", self.rank)
+        check_count("MoRE", "num_tasks", self.num_tasks)
+        check_positive("MoRE", "alpha", self.alpha)
+        check_positive("MoRE", "contrastive", self.contrastive, zero=True)
+        check_positive("MoRE", "temperature", self.temperature)
+        check_choice("MoRE", "selector", self.selector, ("trained", "frozen"))
+        check_choice("MoRE", "scaling", self.scaling, ("none", "linear", "quadratic"))
+        check_choice("MoRE", "anchor", self.anchor, ("mean", "first"))
+        check_dropout("MoRE", self.dropout)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Routes by task, so it merges per task; a frozen selector gets no gradient."""
+        never = ("gate.weight", "gate.bias") if self.selector == "frozen" else ()
+        if self.selector == "frozen" and not self.contrastive:
+            never = (*never, "task_embedding")
+        return Capabilities(
+            routing="task", aux_losses=("contrastive",) if self.contrastive else (), never_trained=never
+        )
+
+    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
+        """Every site."""
+        return sites
+
+    def shared(self, sites: Sequence[LinearSite]) -> None:
+        """Nothing is shared: selector and table are per site."""
+
+    def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
+        """The factors, the selector and the task table of one site."""
+        return MoREAdapter(site, self)
+
+    def count(self, sites: Sequence[LinearSite]) -> int:
+        """r (in + out) + r (in + 1) + T in per site."""
+        r, t = self.rank, self.num_tasks
+        return sum(
+            r * (site.in_features + site.out_features) + r * (site.in_features + 1) + t * site.in_features
+            for site in sites
+        )
+
+    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+        """Coefficient times the mean over sites."""
+        return self.contrastive * torch.stack(list(terms)).mean()
+
+
+class MoREAdapter(nn.Module):
+    """Factors A (r, in), B (out, r), selector gate and task table (T, in) of one site."""
+
+    def __init__(self, site: LinearSite, config: MoRE) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = config.alpha / config.rank
+        self.A = nn.Parameter(uniform((config.rank, site.in_features), site.in_features**-0.5))
+        self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
+        self.task_embedding = nn.Parameter(normal((config.num_tasks, site.in_features), 0.01))
+        self.gate = nn.Linear(site.in_features, config.rank)
+        nn.init.uniform_(self.gate.weight, -((6 / site.in_features) ** 0.5), (6 / site.in_features) ** 0.5)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.selector == "frozen":
+            self.register_buffer("task_map", torch.full((config.num_tasks,), -1))
+        self._map_known = False
+
+    task_map: Tensor
+
+    def ranks(self) -> tuple[Int[Tensor, "tasks"], Float[Tensor, "tasks"]]:
+        """Rank of every task, and the straight-through factor (value 1) that carries the selector's gradient."""
+        if self.config.selector == "frozen":
+            return self._frozen_map() + 1, torch.ones_like(self.task_embedding[:, 0])
+        with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
+            probabilities = self.gate(self.task_embedding).softmax(dim=-1)
+        best, choice = probabilities.max(dim=-1)
+        return choice + 1, best - best.detach() + 1
+
+    def _frozen_map(self) -> Int[Tensor, "tasks"]:
+        if not self._map_known:
+            # Only the first forward (or the first after a load) looks at values: later ones do not synchronise.
+            if bool((self.task_map < 0).any()):
+                self.task_map.copy_(self.gate(self.task_embedding).argmax(dim=-1))
+            self._map_known = True
+        return self.task_map
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._map_known = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def term_weights(self) -> Float[Tensor, "tasks r"]:
+        """Weight of each rank-one term for each task: zero above the task's rank."""
+        ranks, straight_through = self.ranks()
+        term = torch.arange(1, self.config.rank + 1, device=ranks.device)
+        weights = (term <= ranks.unsqueeze(-1)) * straight_through.unsqueeze(-1)
+        if self.config.scaling == "linear":
+            return weights * (ranks / self.config.rank).unsqueeze(-1).to(weights.dtype)
+        if self.config.scaling == "quadratic":
+            return weights * (term / 8).square().to(weights.dtype)
+        return weights
+
+    def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
+        """The frozen layer's output plus each row's first m_t rank-one terms."""
+        y = base(x)
+        tasks = ctx.tasks(x.shape[0])
+        weights = self.term_weights()[tasks]
+        ctx.stat("gates", weights)
+        down = F.linear(self.dropout(x), self.A.to(x.dtype))
+        update = F.linear(down * per_row(weights, down), self.B.to(down.dtype))
+        if self.training and self.config.contrastive:
+            summary = first_position(x) if self.config.anchor == "first" else row_mean(x, ctx.mask(x))
+            ctx.loss(
+                "contrastive",
+                contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature),
+            )
+        return y + (update * self.scale).to(y.dtype)
+
+    def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
+        """(alpha / r) B diag(weights of the task) A."""
+        assert task is not None
+        return self.scale * (self.B * self.term_weights()[task]) @ self.A

@@ -1,0 +1,242 @@
+"""TuckA: a Tucker tensor of small experts that corrects the input of every layer, routed once per batch.
+
+Paper: Lei et al., TuckA: Hierarchical Compact Tensor Experts for Efficient Fine-Tuning, arXiv 2511.06859 (AAAI 2026).
+Release: LQF39466/TuckA, commit 15a471dd (no licence: computed anew, nothing copied).
+
+    per site: core G (k, p, r, r), factor U (in, r), mixing C (t, p); k groups of t experts each
+    routing, once per forward: xbar = mean input of the first site, l = EC xbar as (k, t) with centroids EC (k t, in),
+        s = sigmoid(l / |l| group by group), one group j wins, its scores w = s[j] weigh its t experts
+    expert i of group j is the slice i of the Tucker tensor G[j] x1 C x2 U x3 U; their weighted sum is
+        T = U M U^T,   M = sum_i w_i sum_q C[i, q] G[j, q]
+    y = base(x + alpha x T)           G[j], U, C divided by their Frobenius norms
+
+`dense_update` is that definition, written with tensorly; the forward never builds T but multiplies from the left.
+
+Differences between paper and release (preset `released` reproduces those that change numbers):
+* the release averages xbar over padding as well: ``mean="all"``; here over real tokens;
+* it picks the group by the normalised scores, so that the most uneven group wins however weak its affinity:
+  ``choice="normalised"``; here the group with the largest affinity wins;
+* it re-routes at every step of cached decoding by one token: ``hold=False``; here the prompt's routing holds;
+* it re-draws trained centroids after a reload, because "already initialised" is not saved: not reproduced.
+
+Routing by batch makes a row depend on its companions. ``routing="row"`` is this library's variant without that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import tensorly
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from tensorly.tenalg import multi_mode_dot
+from torch import Tensor, nn
+
+from moepeft.context import SiteContext
+from moepeft.errors import MissingRouting
+from moepeft.methods._common import check_choice, check_count, check_positive, uniform
+from moepeft.protocols import Base, Capabilities, LinearSite
+from moepeft.routing import row_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckA:
+    """Configuration of TuckA.
+
+    Attributes:
+        rank: rank r of the experts.
+        groups: number of groups k.
+        experts: experts per group t.
+        shared_rank: rank p that the experts of a group share.
+        alpha: size of the correction (the factors' own sizes are divided out).
+        routing: one routing for the whole batch (the method), or one per row.
+        centroids: start them from the first batch, or by Kaiming's uniform draw.
+        perturbation: half width of the uniform noise around the data-aware start.
+        mean: average the router's input over real tokens, or over all positions.
+        choice: pick the group by raw affinity, or by the scores normalised within groups.
+        hold: keep the prompt's routing during cached decoding.
+    """
+
+    name: ClassVar[str] = "tucka"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {},
+        "released": {"mean": "all", "choice": "normalised", "hold": False},
+    }
+
+    rank: int = 8
+    groups: int = 2
+    experts: int = 2
+    shared_rank: int = 2
+    alpha: float = 2.0
+    routing: Literal["batch", "row"] = "batch"
+    centroids: Literal["data", "kaiming"] = "data"
+    perturbation: float = 1.0
+    mean: Literal["real", "all"] = "real"
+    choice: Literal["affinity", "normalised"] = "affinity"
+    hold: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("rank", "groups", "experts", "shared_rank"):
+            check_count("TuckA", field, getattr(self, field))
+        check_positive("TuckA", "alpha", self.alpha)
+        check_positive("TuckA", "perturbation", self.perturbation, zero=True)
+        check_choice("TuckA", "routing", self.routing, ("batch", "row"))
+        check_choice("TuckA", "centroids", self.centroids, ("data", "kaiming"))
+        check_choice("TuckA", "mean", self.mean, ("real", "all"))
+        check_choice("TuckA", "choice", self.choice, ("affinity", "normalised"))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Never mergeable; depends on batch companions when routed by batch, and on padding when it is averaged in."""
+        return Capabilities(
+            routing="batch",
+            not_mergeable="its update is chosen and weighed by the mean input of each batch",
+            identity_at_init=False,
+            row_independent=self.routing == "row",
+            padding_independent=self.mean == "real",
+            cache_consistent=False,
+        )
+
+    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
+        """Every site; the first one is the router's."""
+        return sites
+
+    def shared(self, sites: Sequence[LinearSite]) -> nn.Module:
+        """The router: centroids as wide as the first site's input."""
+        return Router(sites[0], self)
+
+    def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
+        """Core and factors of one site."""
+        assert isinstance(shared, Router)
+        return TuckAAdapter(site, self, shared)
+
+    def count(self, sites: Sequence[LinearSite]) -> int:
+        """k p r^2 + r in + t p per site, and k t in of the first site for the centroids."""
+        r, k, t, p = self.rank, self.groups, self.experts, self.shared_rank
+        return sum(k * p * r * r + r * site.in_features + t * p for site in sites) + k * t * sites[0].in_features
+
+    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+        """TuckA records none: balance comes from the centroids' start."""
+        raise KeyError(name)
+
+
+class Router(nn.Module):
+    """Centroids EC (k t, in) and the choice they make. Lives at the model's root; every site reads its result."""
+
+    KEY = "tucka.routing"
+    initialised: Tensor
+
+    def __init__(self, site: LinearSite, config: TuckA) -> None:
+        super().__init__()
+        self.config = config
+        self.site_name = site.name
+        size = (config.groups * config.experts, site.in_features)
+        self.centroids = nn.Parameter(uniform(size, (6 / site.in_features) ** 0.5))
+        self.register_buffer("initialised", torch.tensor(config.centroids == "kaiming"))
+        self._ready = config.centroids == "kaiming"
+
+    def route(self, x: Tensor, ctx: SiteContext) -> None:
+        """Choose group and weights from the first site's input and leave them for every site of this forward."""
+        if ctx.continues and self.config.hold and ctx.get(self.KEY) is not None:
+            return
+        mask = ctx.mask(x) if self.config.mean == "real" else None
+        rows = row_mean(x, mask) if self.config.routing == "row" else _batch_mean(x, mask)
+        ctx.put(self.KEY, self(rows.to(self.centroids.dtype)))
+
+    def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows t"]]:
+        """Winning group of each row, and its experts' weights."""
+        if not self._ready:
+            self._start(rows)
+        with torch.autocast(device_type=rows.device.type, enabled=False):
+            affinity = F.linear(rows, self.centroids).reshape(-1, self.config.groups, self.config.experts)
+            scores = F.normalize(affinity, dim=-1, eps=1e-12).sigmoid()
+        deciding = affinity if self.config.choice == "affinity" else scores
+        group = deciding.amax(dim=-1).argmax(dim=-1)
+        index = group.view(-1, 1, 1).expand(-1, 1, self.config.experts)
+        return group, scores.gather(1, index).squeeze(1)
+
+    @torch.no_grad()
+    def _start(self, rows: Tensor) -> None:
+        """Data-aware start: the first centroid is the first batch's mean, the others are near it."""
+        if not bool(self.initialised):  # read once: afterwards `_ready` answers without touching the device
+            mean = rows.mean(dim=0)
+            noise = 2 * torch.rand_like(self.centroids[1:]) - 1
+            self.centroids.copy_(torch.cat((mean[None], mean + self.config.perturbation * noise)))
+            self.initialised.fill_(True)
+        self._ready = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _batch_mean(x: Tensor, mask: Tensor | None) -> Float[Tensor, "1 i"]:
+    if mask is None:
+        return x.flatten(0, -2).mean(dim=0, keepdim=True)
+    weight = mask.to(x.dtype)
+    return torch.einsum("bs,bsd->d", weight, x)[None] / weight.sum().clamp(min=1)
+
+
+def dense_update(
+    core: Float[Tensor, "p r r"],
+    factor: Float[Tensor, "i r"],
+    mixing: Float[Tensor, "t p"],
+    weights: Float[Tensor, "t"],
+) -> Float[Tensor, "i i"]:
+    """T = U M U^T as a Tucker product: the experts are slices of core x1 C x2 U x3 U, here summed with `weights`.
+
+    The definition the fast path is held to; it costs in^2 memory and is meant for reading and for tests.
+    """
+    unit_core, unit_factor, unit_mixing = (tensor / tensor.norm() for tensor in (core, factor, mixing))
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        slices = multi_mode_dot(unit_core, [unit_mixing, unit_factor, unit_factor], modes=[0, 1, 2])
+        update: Tensor = multi_mode_dot(slices, [weights], modes=[0])
+        return update
+
+
+class TuckAAdapter(nn.Module):
+    """Core G (k, p, r, r), factor U (in, r) and mixing C (t, p) of one site."""
+
+    def __init__(self, site: LinearSite, config: TuckA, router: Router) -> None:
+        super().__init__()
+        r, k, t, p = config.rank, config.groups, config.experts, config.shared_rank
+        self.alpha = config.alpha
+        # One slice, copied: all groups and experts start as the same map up to a scalar.
+        self.core = nn.Parameter(uniform((r, r), r**-0.5).repeat(k, p, 1, 1))
+        self.factor = nn.Parameter(uniform((site.in_features, r), site.in_features**-0.5))
+        self.mixing = nn.Parameter(uniform((t, p), t**-0.5))
+        self._router = (router,)  # in a tuple: the router is registered at the root, once
+        self.is_router_site = router.site_name == site.name
+
+    def map(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows r r"]:
+        """M of each row, its factors divided by their norms."""
+        core = self.core / self.core.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        mixed = weights @ (self.mixing / self.mixing.norm())
+        return torch.einsum("bq,bqxy->bxy", mixed, core[group])
+
+    def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
+        """The frozen layer's output for the corrected input."""
+        router = self._router[0]
+        if self.is_router_site:
+            router.route(x, ctx)
+        routing = ctx.get(Router.KEY)
+        if routing is None:
+            raise MissingRouting(
+                f"site {ctx.site.name!r} ran before TuckA's router at {router.site_name!r}: the first adapted layer "
+                "must run first in every forward; choose `sites` so that it does"
+            )
+        group, weights = routing
+        ctx.stat("group", group)
+        ctx.stat("gates", weights)
+        mapping = self.alpha * self.map(group, weights)
+        if mapping.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
+            mapping = mapping.repeat_interleave(x.shape[0] // mapping.shape[0], dim=0)
+        unit = (self.factor / self.factor.norm()).to(x.dtype)
+        mapping = mapping.to(x.dtype)
+        if mapping.shape[0] == 1:
+            return base(x + F.linear(F.linear(x, unit.T), unit @ mapping[0].T))
+        down = torch.einsum("b...x,bxy->b...y", F.linear(x, unit.T), mapping)
+        return base(x + F.linear(down, unit))

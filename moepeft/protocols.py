@@ -1,0 +1,143 @@
+"""The types a method and the rest of the library share. Types only, no logic.
+
+The way of the data: `moepeft.sites` describes a model as `LinearSite`s; an `AdapterFactory` (a method's configuration)
+picks some of them and builds one `Adapter` per site; `moepeft.attach` puts each adapter around its frozen layer and
+hands it, call by call, the input, the frozen layer as a callable, and a `moepeft.context.SiteContext` that knows the
+rows' tasks and the padding mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .context import SiteContext
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down", "other"]
+Stream = Literal["encoder", "decoder"]
+Routing = Literal["none", "task", "token", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """A frozen linear layer that can carry an adapter.
+
+    Attributes:
+        name: dotted path of the module in the model.
+        in_features: width of the layer's input.
+        out_features: width of its output.
+        role: what the layer does; ``other`` when its name and shape say nothing.
+        stream: whose padding mask applies to its input; cross-attention keys and values read the encoder.
+        layer: index of the repeated block it stands in, None outside of one.
+        block: name of the feed-forward network it is part of (roles gate, up, down), None elsewhere.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    role: Role = "other"
+    stream: Stream = "encoder"
+    layer: int | None = None
+    block: str | None = None
+
+
+class Base(Protocol):
+    """The frozen layer as a function: call it on any input, once, several times or not at all."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """W0 x + b, with whatever hooks other libraries put on the layer."""
+        ...
+
+
+class Adapter(Protocol):
+    """What a factory builds for one site: an `nn.Module` whose parameters are the only ones that train."""
+
+    def forward(self, x: Tensor, base: Base, ctx: SiteContext) -> Tensor:
+        """Compute the adapted layer's output.
+
+        Args:
+            x: the layer's input, shape (rows, ..., in_features).
+            base: the frozen layer.
+            ctx: tasks of the rows, padding mask, and the place to record losses.
+
+        Returns:
+            Shape (rows, ..., out_features), in the dtype of ``base(x)``.
+        """
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """An adapter whose effect on a given task is a fixed change of the weight."""
+
+    def delta_weight(self, task: int | None) -> Tensor:
+        """The update W - W0 of shape (out_features, in_features) for rows of `task`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a configured method promises; the contract tests assert each field, both ways.
+
+    Attributes:
+        routing: what chooses the experts.
+        not_mergeable: why `merge` must refuse; None when merging is exact.
+        identity_at_init: a freshly attached model computes what the bare model computes.
+        row_independent: a row's output does not depend on the other rows of its batch.
+        padding_independent: a row's output does not depend on how much padding follows it.
+        cache_consistent: generating with a key-value cache equals recomputing the whole sequence.
+        batch_first: rows are the first dimension of the input, as in every transformers model.
+        aux_losses: names of the auxiliary losses it records while training.
+        never_trained: name endings of adapter parameters that no loss reaches (a defect of a release, reproduced).
+    """
+
+    routing: Routing = "none"
+    not_mergeable: str | None = None
+    identity_at_init: bool = True
+    row_independent: bool = True
+    padding_independent: bool = True
+    cache_consistent: bool = True
+    batch_first: bool = True
+    aux_losses: tuple[str, ...] = ()
+    never_trained: tuple[str, ...] = ()
+
+
+class AdapterFactory(Protocol):
+    """A method. Its frozen-dataclass configuration is its factory: equality, repr and JSON come with it.
+
+    Attributes:
+        name: registered name of the method, e.g. ``lora``.
+        presets: named sets of field values; every method has at least ``published`` and ``released``.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this configuration promises."""
+        ...
+
+    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
+        """The sites this method adapts, out of those the user asked for; raises `Unsupported` if it can use none."""
+        ...
+
+    def shared(self, sites: Sequence[LinearSite]) -> nn.Module | None:
+        """Parameters that all sites own together (a gate, centroids, routers), or None."""
+        ...
+
+    def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
+        """The `Adapter` of one site. It must not register `shared` or a part of it as its own submodule."""
+        ...
+
+    def count(self, sites: Sequence[LinearSite]) -> int:
+        """Trainable parameters over `sites` in closed form, shared ones included."""
+        ...
+
+    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+        """Combine what the sites recorded under `name` to the scalar that is added to the training loss."""
+        ...

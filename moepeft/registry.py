@@ -1,0 +1,79 @@
+"""Names of methods. A new method is one line here, or an entry point of the group ``moepeft.methods`` from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from .errors import ConfigError, UnknownMethod, did_you_mean
+from .protocols import AdapterFactory
+
+METHODS: dict[str, str] = {
+    "lora": "moepeft.methods.lora:LoRA",
+    "moelora": "moepeft.methods.moelora:MOELoRA",
+    "more": "moepeft.methods.more:MoRE",
+    "mixlora": "moepeft.methods.mixlora:MixLoRA",
+    "tucka": "moepeft.methods.tucka:TuckA",
+    "ept": "moepeft.methods.ept:EPT",
+}
+ENTRY_POINT_GROUP = "moepeft.methods"
+
+
+def available() -> tuple[str, ...]:
+    """Names of all methods, those registered from outside included."""
+    return tuple(sorted({*METHODS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+
+
+def factory_class(name: str) -> type[AdapterFactory]:
+    """The class registered under `name`.
+
+    Raises:
+        UnknownMethod: nothing is; suggests close names.
+    """
+    if name in METHODS:
+        module, _, attribute = METHODS[name].partition(":")
+        found: type[AdapterFactory] = getattr(importlib.import_module(module), attribute)
+        return found
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        loaded: type[AdapterFactory] = point.load()
+        return loaded
+    raise UnknownMethod(f"there is no method {name!r}.{did_you_mean(name, available())}")
+
+
+def method(spec: str, *, num_tasks: int | None = None, **fields: Any) -> AdapterFactory:
+    """Make a method's configuration from what one writes on a command line.
+
+    Args:
+        spec: ``name`` or ``name@preset``, e.g. ``ept@released``; the preset is ``published`` unless said.
+        num_tasks: how many tasks the rows will name; methods that know no tasks ignore it.
+        **fields: hyper-parameters, over the preset's.
+
+    Raises:
+        UnknownMethod: no such method or preset.
+        ConfigError: a field the method does not have, or a value out of range.
+    """
+    name, _, preset = spec.partition("@")
+    cls = factory_class(name)
+    if (preset or "published") not in cls.presets:
+        raise UnknownMethod(f"{name!r} has no preset {preset!r}.{did_you_mean(preset, cls.presets)}")
+    values = {**cls.presets[preset or "published"], **fields}
+    if num_tasks is not None and "num_tasks" in _fields(cls):
+        values["num_tasks"] = num_tasks
+    return from_config(name, values)
+
+
+def from_config(name: str, values: Mapping[str, Any]) -> AdapterFactory:
+    """Make a method's configuration from its fields, as JSON gives them back (lists stand for tuples)."""
+    cls = factory_class(name)
+    known = _fields(cls)
+    for field in values:
+        if field not in known:
+            raise ConfigError(f"{name!r} has no hyper-parameter {field!r}.{did_you_mean(field, known)}")
+    return cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})
+
+
+def _fields(cls: type[AdapterFactory]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Arithmetic that several methods route by. Pure functions on tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def top_k_gates(logits: Float[Tensor, "*n experts"], k: int) -> Float[Tensor, "*n experts"]:
+    """Softmax over the `k` largest logits, zero elsewhere: dense, so that no step gathers by expert.
+
+    Ties are cut as `torch.topk` cuts them, so that exactly `k` gates are open.
+    """
+    chosen = logits.topk(k, dim=-1)
+    return torch.zeros_like(logits).scatter(-1, chosen.indices, chosen.values.softmax(dim=-1))
+
+
+def per_row(weight: Tensor, x: Tensor) -> Tensor:
+    """View a weight of shape (rows, n) so that it multiplies features of `x` (rows, ..., n) row by row."""
+    return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)
+
+
+def row_mean(
+    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows positions"] | None
+) -> Float[Tensor, "rows d"]:
+    """Mean of each row over its real positions; a row of padding alone gives zeros."""
+    if x.dim() == 2:
+        return x
+    if mask is None:
+        return x.flatten(1, -2).mean(dim=1)
+    weight = mask.to(x.dtype)
+    return torch.einsum("bs,bsd->bd", weight, x) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:
+    """Each row's features at position 0."""
+    return x if x.dim() == 2 else x.flatten(1, -2)[:, 0]
+
+
+def contrastive_task_loss(
+    summary: Float[Tensor, "rows d"],
+    table: Float[Tensor, "tasks d"],
+    tasks: Int[Tensor, "rows"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Cross entropy over tasks of the cosine between a row's summary and each task embedding, over `temperature`."""
+    wide = torch.promote_types(table.dtype, torch.float32)
+    with torch.autocast(device_type=summary.device.type, enabled=False):
+        rows = F.normalize(summary.to(wide), dim=-1)
+        embeddings = F.normalize(table.to(wide), dim=-1)
+        return F.cross_entropy(rows @ embeddings.T / temperature, tasks)
+
+
+def load_counts(
+    probabilities: Float[Tensor, "rows *positions experts"],
+    choices: Int[Tensor, "rows *positions k"],
+    mask: Bool[Tensor, "rows positions"] | None,
+) -> Float[Tensor, "3 experts"]:
+    """What a load-balancing loss is made of, as sums over real tokens, so that layers can be pooled or averaged.
+
+    Returns:
+        Per expert: how many choices fell on it (no gradient), the sum of its probabilities, the number of tokens.
+    """
+    experts = probabilities.shape[-1]
+    chosen = F.one_hot(choices, experts).sum(dim=-2).to(probabilities.dtype)
+    weight = torch.ones_like(probabilities[..., :1]) if mask is None else mask.to(probabilities.dtype).unsqueeze(-1)
+    dims = tuple(range(probabilities.dim() - 1))
+    tokens = weight.sum().expand(experts)
+    return torch.stack(((chosen * weight).sum(dims).detach(), (probabilities * weight).sum(dims), tokens))
+
+
+def balance_loss(counts: Float[Tensor, "3 experts"]) -> Float[Tensor, ""]:
+    """Load-balancing loss E * sum_e f_e p_e with f_e the fraction of choices, p_e the mean probability.
+
+    All k choices of a token count, so that perfect balance gives k.
+    """
+    chosen, probability, tokens = counts
+    tokens = tokens.clamp(min=1)
+    return torch.dot(chosen / tokens, probability / tokens) * counts.shape[1]
