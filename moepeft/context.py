@@ -25,7 +25,7 @@ class Runtime:
 
     Attributes:
         enabled: False inside `Attachment.disabled`.
-        shared: the module all sites own together, if the method has one (registered once, on the model's root).
+        shared: the module all sites own together, if the method has one (registered once, at the first site).
         routed: task ids set by `Attachment.route`; those given to the call itself win.
         task_ids: task ids of the current forward, shape (rows,), or (rows, k) for rows of several tasks.
         masks: padding mask of each stream, shape (rows, positions), nonzero on real tokens.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingRouting, NotMergeable
+from .hooks import bind, position_readers, unbind
 from .protocols import LinearSite, Mergeable
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 def merge(attachment: Attachment, task: int | None) -> dict[str, Tensor]:
     """Add every site's update to its weight. Returns the weights as they were; on an error nothing has changed."""
-    from .attach import unbind
-
     _check(attachment, task)
     merged = {site.name: _merged_weight(attachment, site, task) for site in attachment.sites}
     kept = {}
@@ -32,8 +31,6 @@ def merge(attachment: Attachment, task: int | None) -> dict[str, Tensor]:
 
 def unmerge(attachment: Attachment, kept: dict[str, Tensor] | None) -> None:
     """Undo `merge`."""
-    from .attach import bind
-
     if kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
     for site in attachment.sites:
@@ -49,6 +46,11 @@ def _check(attachment: Attachment, task: int | None) -> None:
         raise NotMergeable("the adapters are merged already: call unmerge() first")
     if capabilities.not_mergeable is not None:
         raise NotMergeable(f"{attachment.factory.name} cannot be merged: {capabilities.not_mergeable}")
+    if capabilities.routing == "task" and position_readers(attachment.model, attachment.sites):
+        raise NotMergeable(
+            "the adapted projections also read a table of relative positions (DeBERTa), which a task's update leaves "
+            "frozen: a merged weight would change it. Leave the query and key projections out of `sites` to merge"
+        )
     by_task = capabilities.routing == "task"
     if by_task and task is None:
         raise MissingRouting(f"{attachment.factory.name} has one update per task: call merge(task=...)")

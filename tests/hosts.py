@@ -35,7 +35,14 @@ def roberta() -> nn.Module:
 
 def deberta() -> nn.Module:
     return DebertaV2Model(
-        _encoder(DebertaV2Config, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8)
+        # As deberta-v3-base: the position table goes through the same projections as the rows.
+        _encoder(
+            DebertaV2Config,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            share_att_key=True,
+        )
     )
 
 
@@ -84,7 +91,9 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    config = GPT2Config(n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, pad_token_id=0)
+    config = GPT2Config(
+        n_embd=WIDTH, n_inner=2 * WIDTH, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, pad_token_id=0
+    )
     return GPT2LMHeadModel(config)
 
 

@@ -201,7 +201,7 @@ class InwardAdapter(_ExpertPairs):
 
     def __init__(self, site: LinearSite, config: MixLoRA, routers: Routers) -> None:
         super().__init__(site, config)
-        self._routers = (routers,)  # in a tuple: the routers are registered at the root, once
+        self._routers = (routers,)  # in a tuple: the routers are registered once, elsewhere
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "k_rows *n o"]:
         """Stream j holds the rows as expert i_j of each token projects them."""

@@ -138,7 +138,7 @@ class MOELoRAAdapter(nn.Module):
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
         self.dropout = nn.Dropout(config.dropout)
         self.own_gate = TaskGate(config) if shared is None else None
-        self._gate = (self.own_gate or shared,)  # in a tuple: the shared gate is registered at the root, once
+        self._gate = (self.own_gate or shared,)  # in a tuple: the shared gate is registered once, elsewhere
 
     @property
     def gate(self) -> TaskGate:

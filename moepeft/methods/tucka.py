@@ -124,7 +124,7 @@ class TuckA:
 
 
 class Router(nn.Module):
-    """Centroids EC (k t, in) and the choice they make. Lives at the model's root; every site reads its result."""
+    """Centroids EC (k t, in) and the choice they make. Every site reads its result."""
 
     KEY = "tucka.routing"
     initialised: Tensor
@@ -208,7 +208,7 @@ class TuckAAdapter(nn.Module):
         self.core = nn.Parameter(uniform((r, r), r**-0.5).repeat(k, p, 1, 1))
         self.factor = nn.Parameter(uniform((site.in_features, r), site.in_features**-0.5))
         self.mixing = nn.Parameter(uniform((t, p), t**-0.5))
-        self._router = (router,)  # in a tuple: the router is registered at the root, once
+        self._router = (router,)  # in a tuple: the router is registered once, elsewhere
         self.is_router_site = router.site_name == site.name
 
     def map(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows r r"]:

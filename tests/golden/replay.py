@@ -319,7 +319,7 @@ class TwoLayers(Host):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.fc1_base(x)
-        if self.moepeft_root.runtime.enabled:
+        if moepeft.attachment(self).runtime.enabled:
             self.hidden = hidden
         output: Tensor = self.fc2_base(hidden.tanh())
         return output

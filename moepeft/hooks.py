@@ -1,0 +1,232 @@
+"""What is put on a model's modules: adapters around layers, hooks where a forward begins.
+
+Every adapted layer gets one child module, `moepeft` (a `Slot` with the adapter; the first one also
+holds what all share), and its `forward` is bound on the instance to a `functools.partial` of a module-level function;
+the class, the layer's own parameters and their names stay as they were, so base checkpoints load as before. The model
+gets a forward pre-hook that takes ``task_ids`` out of the call and reads the padding masks; so does the encoder of an
+encoder-decoder model, which `generate` calls on its own. All state is reached through the modules, never through a
+closure: a deep copy or a pickle of the model is independent and complete.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .context import Runtime, SiteContext
+from .errors import MissingRouting
+from .protocols import AdapterFactory, LinearSite, Stream
+
+SLOT = "moepeft"
+ENTRY = "moepeft_entry"
+
+
+class Slot(nn.Module):
+    """What an adapted layer carries: its adapter, its view of the runtime, the `forward` it had before.
+
+    The first slot also registers the parameters that all sites share. A child of the model itself would be an
+    obvious place, but containers such as `nn.Sequential` call every child they have.
+    """
+
+    def __init__(self, adapter: nn.Module, context: SiteContext, inner: Any, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.context = context
+        self.inner = inner
+        self.shared = shared
+        self.rows: tuple[Tensor, ...] | None = None  # see `_note_rows`
+
+
+class State:
+    """What an attachment is made of and what `detach` must restore. Plain data on the model: it is copied with it."""
+
+    def __init__(
+        self, model: nn.Module, factory: AdapterFactory, sites: tuple[LinearSite, ...], shared: nn.Module | None
+    ) -> None:
+        self.factory = factory
+        self.sites = sites
+        self.shared = shared
+        self.runtime = Runtime(shared=shared)
+        self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.kept: dict[str, Tensor] | None = None
+        self.merged_task: int | None = None
+
+
+class Entry(NamedTuple):
+    """What a module whose call begins a forward pass carries: the state, and the names of its positional arguments."""
+
+    state: State
+    call_names: tuple[str, ...]
+
+
+def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> None:
+    """Put one adapter around each of the state's sites, and the hooks that begin a forward."""
+    for site, adapter in zip(state.sites, adapters, strict=True):
+        module = model.get_submodule(site.name)
+        shared = state.shared if site is state.sites[0] else None
+        slot = Slot(adapter, SiteContext(state.runtime, site), module.__dict__.get("forward"), shared)
+        setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
+        bind(module)
+    if state.factory.capabilities.routing in ("task", "batch"):
+        for attention in position_readers(model, state.sites):
+            attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
+            attention.register_forward_hook(_forget_rows, always_call=True)
+    for entry in _entries(model):
+        setattr(entry, ENTRY, Entry(state, tuple(inspect.signature(entry.forward).parameters)))
+        entry.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        entry.register_forward_hook(_after_forward, always_call=True)
+
+
+def remove(model: nn.Module, sites: Sequence[LinearSite]) -> None:
+    """Undo `install`: no module keeps anything of ours."""
+    for site in sites:
+        module = model.get_submodule(site.name)
+        unbind(module)
+        delattr(module, SLOT)
+    for module in model.modules():
+        _remove_hooks(module)
+
+
+def bind(module: nn.Module) -> None:
+    """Let the layer's adapter answer its calls."""
+    # A partial of a module-level function pickles and deep-copies; a bound method does not.
+    module.forward = functools.partial(_adapted_forward, module)
+
+
+def unbind(module: nn.Module) -> None:
+    """Give the layer its own `forward` back."""
+    slot = getattr(module, SLOT)
+    del module.forward
+    if slot.inner is not None:  # another library's hook (accelerate's) was bound before ours
+        module.forward = slot.inner
+
+
+def _adapted_forward(module: nn.Module, x: Tensor) -> Tensor:
+    slot: Slot = module.moepeft  # type: ignore[assignment]
+    if not slot.context.runtime.enabled or (slot.rows is not None and all(x is not rows for rows in slot.rows)):
+        return _frozen_forward(module, x)
+    output: Tensor = slot.adapter(x, functools.partial(_frozen_forward, module), slot.context)
+    return output
+
+
+def _frozen_forward(module: nn.Module, x: Tensor) -> Tensor:
+    slot: Slot = module.moepeft  # type: ignore[assignment]
+    output: Tensor = type(module).forward(module, x) if slot.inner is None else slot.inner(x)
+    return output
+
+
+def _before_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Root pre-hook: take the task ids out of the call, note the masks, start a new forward."""
+    state, names = getattr(model, ENTRY)
+    if state.runtime.begun_by is not None:  # the encoder, called by the model's own forward
+        return args, kwargs
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    task_ids = kwargs.pop("task_ids", None)
+    if task_ids is not None:
+        task_ids = checked_ids(state, task_ids, call)
+    masks: dict[Stream, Tensor | None] = {
+        "encoder": call.get("attention_mask"),
+        "decoder": _decoder_mask(call),
+    }
+    state.runtime.begun_by = model
+    state.runtime.begin(task_ids, masks, continues=_continues(call), training=model.training)
+    return args, kwargs
+
+
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward is over, however it ended. What it knew stays: checkpointing recomputes during backward."""
+    runtime = getattr(model, ENTRY).state.runtime
+    if runtime.begun_by is model:
+        runtime.begun_by = None
+
+
+def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.Module]:
+    """Attention modules that send their table of relative positions through the same projections as the rows.
+
+    DeBERTa does. The table belongs to no row, so an update that depends on the row leaves it frozen.
+    """
+    parents = {site.name.rpartition(".")[0] for site in sites}
+    modules = (model.get_submodule(name) for name in sorted(parents))
+    return [module for module in modules if getattr(module, "relative_attention", False)]
+
+
+def _note_rows(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the projections of this attention which inputs are rows of the batch."""
+    rows = (args[0] if args else kwargs["hidden_states"], kwargs.get("query_states"))
+    for child in attention.children():
+        if hasattr(child, SLOT):
+            child.moepeft.rows = tuple(tensor for tensor in rows if tensor is not None)  # type: ignore[union-attr]
+
+
+def _forget_rows(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    for child in attention.children():
+        if hasattr(child, SLOT):
+            child.moepeft.rows = None  # type: ignore[union-attr]
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The modules whose calls begin a forward pass."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [model]
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    return [model] if encoder is model else [model, encoder]
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for registered in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in registered.items() if hook in _HOOKS]:
+            registered.pop(key)
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+    if hasattr(module, ENTRY):
+        delattr(module, ENTRY)
+
+
+_HOOKS = (_before_forward, _after_forward, _note_rows, _forget_rows)
+
+
+def checked_ids(state: State, task_ids: Any, call: Mapping[str, Any]) -> Tensor:
+    """The ids as a tensor beside the call's inputs. Values are looked at on the CPU only: a GPU would have to wait."""
+    ids = torch.as_tensor(task_ids, dtype=torch.long)
+    if ids.dim() == 0:
+        ids = ids.reshape(1)
+    if ids.dim() > 2:
+        raise MissingRouting(f"task_ids must have shape (rows,) or (rows, ids), got {tuple(ids.shape)}")
+    number = getattr(state.factory, "num_tasks", None)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if number is not None and (high >= number or low < (-1 if ids.dim() == 2 else 0)):
+            raise MissingRouting(
+                f"task_ids lie between {low} and {high}, but {state.factory.name} was configured with num_tasks="
+                f"{number}: ids count from 0 to {number - 1}"
+            )
+        if state.merged_task is not None and not low == high == state.merged_task:
+            raise MissingRouting(
+                f"task {state.merged_task} is merged into the weights, got task_ids between {low} and {high}: "
+                "call unmerge() to serve other tasks"
+            )
+    inputs = [value for value in call.values() if isinstance(value, Tensor)]
+    return ids.to(inputs[0].device) if inputs else ids
+
+
+def _decoder_mask(call: Mapping[str, Any]) -> Tensor | None:
+    mask = call.get("decoder_attention_mask")
+    labels = call.get("labels")
+    if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+        # The decoder's position i predicts label i; -100 marks the positions that pad the target.
+        return labels != -100
+    return mask
+
+
+def _continues(call: Mapping[str, Any]) -> bool:
+    if call.get("encoder_outputs") is not None:
+        return True
+    past = call.get("past_key_values")
+    return past is not None and (not hasattr(past, "get_seq_length") or bool(past.get_seq_length() > 0))
