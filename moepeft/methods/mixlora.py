@@ -149,7 +149,7 @@ class Routers(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], num_experts: int) -> None:
         super().__init__()
-        self.weights = nn.ParameterDict(
+        self.router = nn.ParameterDict(
             {self.key(block): nn.Parameter(normal((num_experts, width), 0.02)) for block, width in widths.items()}
         )
 
@@ -159,7 +159,7 @@ class Routers(nn.Module):
         return block.replace(".", "/") or "/"
 
     def __getitem__(self, block: str) -> Tensor:
-        weight: Tensor = self.weights[self.key(block)]
+        weight: Tensor = self.router[self.key(block)]
         return weight
 
 

@@ -116,14 +116,14 @@ class TaskGate(nn.Module):
     def __init__(self, config: MOELoRA) -> None:
         super().__init__()
         self.task_embedding = nn.Parameter(normal((config.num_tasks, config.task_dim), 1.0))
-        self.weight = nn.Parameter(uniform((config.num_experts, config.task_dim), config.task_dim**-0.5))
+        self.gate = nn.Parameter(uniform((config.num_experts, config.task_dim), config.task_dim**-0.5))
 
     def forward(self, tasks: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows experts"]:
         """Weights of the experts; a row of several tasks has the mean of their embeddings, -1 pads."""
-        present = (tasks >= 0).to(self.weight.dtype).unsqueeze(-1)
+        present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
         embeddings = F.embedding(tasks.clamp(min=0), self.task_embedding) * present
-        with torch.autocast(device_type=self.weight.device.type, enabled=False):
-            return F.softmax(F.linear(embeddings.sum(1) / present.sum(1), self.weight), dim=-1)
+        with torch.autocast(device_type=self.gate.device.type, enabled=False):
+            return F.softmax(F.linear(embeddings.sum(1) / present.sum(1), self.gate), dim=-1)
 
 
 class MOELoRAAdapter(nn.Module):

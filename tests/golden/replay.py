@@ -286,8 +286,8 @@ def replay_moelora(case: Case) -> Replay:
     layers = {"fc1.base": "fc1.", "fc2.base": "fc2."} if shared else {"base": ""}
     gate = "shared." if shared else "sites.base.own_gate."
     host = TwoLayers(t, *layers) if shared else Host(t, *layers)
-    names = {"gate.weight": f"{gate}weight", "task_embedding": f"{gate}task_embedding"}
-    parameters = {f"{gate}weight": t["gate.weight"], f"{gate}task_embedding": t["task_embedding"][1:]}
+    names = {"gate.weight": f"{gate}gate", "task_embedding": f"{gate}task_embedding"}
+    parameters = {f"{gate}gate": t["gate.weight"], f"{gate}task_embedding": t["task_embedding"][1:]}
     for layer, prefix in layers.items():
         own = f"sites.{layer.replace('.', '_')}."
         names |= {f"{prefix}{factor}": f"{own}{factor}" for factor in "AB"}
@@ -396,8 +396,8 @@ def replay_mixlora(case: Case) -> Replay:
         targets=targets,
     )
     model = FFN(t)
-    names = {"router.weight": "shared.weights./"}
-    parameters = {"shared.weights./": t["router.weight"]}
+    names = {"router.weight": "shared.router./"}
+    parameters = {"shared.router./": t["router.weight"]}
     for name in c["lora_on"]:
         names |= {f"{name}.{factor}": f"sites.{name}.{factor}" for factor in "AB"}
         parameters[f"sites.{name}.A"] = t[f"{name}.A"].flatten(0, 1)
