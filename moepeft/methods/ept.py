@@ -11,9 +11,13 @@ Release: Yan-Zhenwei/EPT, commit 54ed6edc (no licence: computed anew, nothing co
     y = W0 x + (alpha / r) sum over the top k of  g_e (d_e / d_max) W_e x
 
 How it is computed. A transposed convolution whose stride is its kernel size is a Kronecker product: W_e = Z_e (x) K_e
-(zero-padded where s does not divide a side). So with x cut into pieces of s features, X (in // s, s), W_e x is
-B ((A X) K_e^T), flattened. W_e is never built; A X is shared by the experts of one scale, whose kernels add up,
-weighed by the gates, before they multiply: K_s = sum of g_e K_e over the experts of scale s.
+(zero-padded where s does not divide a side), and by the mixed-product rule
+
+    (B A) (x) K  =  (B (x) I_s) (I_r (x) K) (A (x) I_s)
+
+so that each scale is a LoRA of rank r s with structured factors and its kernel in the rank space. W_e is never built.
+The factors of all scales stand side by side: one product down, one up. The experts of one scale share them, and their
+kernels add up, weighed by the gates, before they multiply: K_s = sum of g_e K_e over the experts of scale s.
 
 The dimension factor d_e / d_max is the width of the expert's seed, out // s, over that of the widest: the seed's first
 rows serve every scale and are updated most often. A contrastive loss over tasks, averaged over sites, pulls a row's
@@ -232,13 +236,30 @@ class EPTAdapter(nn.Module):
         """
         if gates.dim() < x.dim():
             gates = gates.reshape(gates.shape[0], *(1,) * (x.dim() - 2), gates.shape[-1])
-        apply = kronecker_update if self.config.operator == "kronecker" else channel_update
-        total = x.new_zeros(())
-        for s, kernel in zip(self.config.scales, self.kernels_of(gates), strict=True):
-            down, up = self.A[:, : self.in_features // s], self.B[: self.out_features // s]
-            part = apply(x, down.to(x.dtype), up.to(x.dtype), kernel.to(x.dtype))
-            total = total + F.pad(part, (0, self.out_features - part.shape[-1]))
-        return total
+        kernels = [kernel.to(x.dtype) for kernel in self.kernels_of(gates)]
+        if self.config.operator == "channel":
+            channels = [
+                pad_to(self.out_features, channel_update(x, A.to(x.dtype), B.to(x.dtype), kernel))
+                for A, B, kernel in zip(*self.seeds(), kernels, strict=True)
+            ]
+            return torch.stack(channels).sum(dim=0)
+        down, up = self.structured_factors()
+        parts = torch.split(F.linear(x, down.to(x.dtype)), [self.config.rank * s for s in self.config.scales], dim=-1)
+        mixed = [mix_scale(part, kernel) for part, kernel in zip(parts, kernels, strict=True)]
+        return F.linear(torch.cat(mixed, dim=-1), up.to(x.dtype))
+
+    def seeds(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The adaptive pruner: per scale A[:, :in // s] and B[:out // s]."""
+        scales = self.config.scales
+        return [self.A[:, : self.in_features // s] for s in scales], [self.B[: self.out_features // s] for s in scales]
+
+    def structured_factors(self) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
+        """A (x) I_s and B (x) I_s of all scales side by side, k = r times the sum of the scales."""
+        identities = [torch.eye(s, dtype=self.A.dtype, device=self.A.device) for s in self.config.scales]
+        downs, ups = ([torch.kron(f, eye) for f, eye in zip(seed, identities, strict=True)] for seed in self.seeds())
+        down = torch.cat([pad_to(self.in_features, factor) for factor in downs])
+        up = torch.cat([pad_to(self.out_features, factor.T).T for factor in ups], dim=1)
+        return down, up
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
@@ -270,20 +291,15 @@ class EPTAdapter(nn.Module):
         return self.update(eye, gates.expand(self.in_features, -1)).T
 
 
-def kronecker_update(
-    x: Float[Tensor, "*n i"],
-    A: Float[Tensor, "r m"],
-    B: Float[Tensor, "h r"],
-    kernel: Float[Tensor, "*k s s"],
-) -> Float[Tensor, "*n h_s"]:
-    """((B A) (x) K) x without building the product: B ((A X) K^T), X the input cut into `m` pieces of `s` features.
-
-    Equals ``conv_transpose2d(B A, K, stride=s) @ x``. Features beyond m s are not read.
-    """
+def mix_scale(part: Float[Tensor, "rows *n r_s"], kernel: Float[Tensor, "rows *k s s"]) -> Float[Tensor, "rows *n r_s"]:
+    """Multiply by I_r (x) K, K one kernel per row or per token (dimensions of size 1 between)."""
     s = kernel.shape[-1]
-    pieces = x[..., : A.shape[1] * s].reshape(*x.shape[:-1], A.shape[1], s)
-    seeded = torch.einsum("...mq,rm->...qr", pieces, A)
-    return torch.einsum("...pr,hr->...hp", kernel @ seeded, B).flatten(-2)
+    pieces = part.reshape(*part.shape[:-1], -1, s)
+    if kernel.dim() > 3 and all(size == 1 for size in kernel.shape[1:-2]):
+        # One kernel for all tokens of a row: one product per row, not one per token.
+        row_wise = pieces.flatten(1, -2) @ kernel.flatten(0, -3).transpose(1, 2)
+        return row_wise.reshape(part.shape)
+    return (pieces @ kernel.transpose(-1, -2)).flatten(-2)
 
 
 def channel_update(
@@ -295,3 +311,8 @@ def channel_update(
     """The release's operator: the seed maps the first `m` features to `h` channels, each stretched by its kernel."""
     channels = F.linear(F.linear(x[..., : A.shape[1]], A), B)
     return (channels.unsqueeze(-1) * kernel).flatten(-2)
+
+
+def pad_to(width: int, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n width"]:
+    """Zeros behind the last dimension, up to `width`."""
+    return F.pad(x, (0, width - x.shape[-1]))

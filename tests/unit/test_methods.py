@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moepeft
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods.ept import EPT, kronecker_update
+from moepeft.methods.ept import EPT, mix_scale
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
@@ -32,7 +32,12 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
     x = torch.randn(2, 3, m * size + extra % size, generator=draw, dtype=torch.float64)
     dense = F.conv_transpose2d((B @ A)[None, None], kernel[None, None], stride=size)[0, 0]
     expected = F.linear(x[..., : m * size], dense)
-    assert torch.allclose(kronecker_update(x, A, B, kernel), expected, atol=1e-10)
+    eye = torch.eye(size, dtype=torch.float64)
+    part = F.linear(x[..., : m * size], torch.kron(A, eye))
+    assert torch.allclose(F.linear(mix_scale(part, kernel[None, None]), torch.kron(B, eye)), expected, atol=1e-10)
+    assert torch.allclose(
+        mix_scale(part, kernel.expand(2, 1, size, size)), mix_scale(part, kernel.expand(2, 3, size, size))
+    )
 
 
 def test_ept_update_per_row_equals_its_merged_weight() -> None:
