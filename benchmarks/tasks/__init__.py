@@ -1,0 +1,59 @@
+"""All tasks by name, and the suites they form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moepeft.errors import did_you_mean
+
+from .base import Example, TaskData, TaskSpec
+from .commonsense import COMMONSENSE_TASKS, load_commonsense
+from .glue import GLUE_TASKS, load_glue
+from .loading import DataUnavailable, InvalidData, UnknownTask
+from .quick import QUICK_TASKS, load_quick
+
+__all__ = [
+    "SUITES",
+    "TASKS",
+    "DataUnavailable",
+    "Example",
+    "InvalidData",
+    "TaskData",
+    "TaskSpec",
+    "UnknownTask",
+    "load_task",
+]
+
+_QUICK: dict[str, TaskSpec] = {spec.name: spec for spec in QUICK_TASKS}
+
+# Every task that `load_task` knows.
+TASKS: dict[str, TaskSpec] = {**_QUICK, **GLUE_TASKS, **COMMONSENSE_TASKS}
+
+# What a suite runs unless tasks are named.
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": tuple(_QUICK),
+    "glue": tuple(GLUE_TASKS),
+    "commonsense": ("boolq", "openbookqa", "arc_easy", "arc_challenge"),
+}
+
+
+def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:
+    """Loads a task of any suite.
+
+    Args:
+        name: a key of `TASKS`.
+        data_dir: folder with the files of the real tasks; ``None`` loads them from the hub. Generated tasks
+            need neither.
+
+    Raises:
+        UnknownTask: no task is called so.
+        DataUnavailable: the rows cannot be had; the message names the ways out.
+        InvalidData: rows were found that cannot be used.
+    """
+    if name in _QUICK:
+        return load_quick(name)
+    if name in GLUE_TASKS:
+        return load_glue(name, data_dir=data_dir)
+    if name in COMMONSENSE_TASKS:
+        return load_commonsense(name, data_dir=data_dir)
+    raise UnknownTask(f"No task is called {name!r}.{did_you_mean(name, TASKS)}")
