@@ -1,0 +1,1 @@
+"""The comparison: tasks, protocols, one training loop for every method, records and reports."""

@@ -1,0 +1,254 @@
+"""The figures of a report, as SVG whose bytes depend on the records and on the version of matplotlib alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from numpy.typing import NDArray
+
+from benchmarks.groups import BASELINES, Group, MethodRuns
+from benchmarks.scores import MethodScores, ranked_scores
+from benchmarks.stats import average_ranks, friedman, nemenyi_distance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart with any colour vision and, by the markers, in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+LINES = ("solid", "dashed", "dashdot", "dotted")
+BASELINE_COLOUR = "#777777"
+MINIMUM_TASKS_FOR_RANKS = 5
+
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "moepeft",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A value with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def draw_figures(group: Group, description: str = "") -> dict[str, bytes]:
+    """All figures that the records of a group allow, SVG by name; `description` goes into their metadata."""
+    drawings: dict[str, Callable[[Canvas, Group], bool]] = {
+        "score-parameters": _draw_parameters,
+        "score-step-time": _draw_step_time,
+        "training-curves": _draw_curves,
+        "critical-difference": _draw_critical_difference,
+    }
+    figures = {}
+    with mpl.rc_context():
+        mpl.rcdefaults()  # Bytes must not depend on a matplotlibrc in the user's home.
+        mpl.rcParams.update(cast(Any, STYLE))
+        for name, draw in drawings.items():
+            canvas = Canvas(figsize=(7.2, 4.2), layout="constrained")
+            if draw(canvas, group):
+                figures[name] = _svg(canvas, description)
+    return figures
+
+
+def _svg(canvas: Canvas, description: str) -> bytes:
+    buffer = io.BytesIO()
+    # No date and no version: equal records give equal bytes.
+    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": description})
+    return buffer.getvalue()
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Indices of the points that no other one beats in cost without losing in score, by rising cost."""
+    front: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if not front or scores[index] > scores[front[-1]]:
+            front.append(index)
+    return front
+
+
+def _draw_parameters(canvas: Canvas, group: Group) -> bool:
+    def parameters(runs: MethodRuns) -> Interval | None:
+        known = [record.parameters.adapter for record in runs.finished if record.parameters is not None]
+        return Interval(known[0], known[0], known[0]) if known and known[0] > 0 else None
+
+    return _draw_trade_off(canvas, group, parameters, "trainable adapter parameters (heads apart)")
+
+
+def _draw_step_time(canvas: Canvas, group: Group) -> bool:
+    def step_time(runs: MethodRuns) -> Interval | None:
+        steps = [r.timing.train_step for r in runs.finished if r.timing is not None and r.timing.train_step is not None]
+        if not steps:
+            return None
+        middle, low, high = (np.median([getattr(step, name) for step in steps]) for name in ("median", "p10", "p90"))
+        return Interval(1e3 * float(middle), 1e3 * float(low), 1e3 * float(high))
+
+    return _draw_trade_off(canvas, group, step_time, "training step, ms (median, 10th to 90th percentile)")
+
+
+def _draw_trade_off(canvas: Canvas, group: Group, cost_of: Callable[[MethodRuns], Interval | None], label: str) -> bool:
+    """Mean score against a cost, both with intervals, and the Pareto front."""
+    rows = [row for row in ranked_scores(group) if row.averaged and len(row.averaged) == _most_tasks(group)]
+    points = [
+        (row, cost, _score(row))
+        for row in rows
+        if row.runs.method not in BASELINES and (cost := cost_of(row.runs)) is not None
+    ]
+    if not points:
+        return False
+    axes = canvas.add_subplot()
+    styles = _styles(group)
+    for row, cost, score in points:
+        colour, marker, _ = styles[row.runs.label]
+        axes.errorbar(
+            cost.value,
+            score.value,
+            xerr=[[cost.value - cost.low], [cost.high - cost.value]],
+            yerr=[[score.value - score.low], [score.high - score.value]],
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=7,
+            label=row.runs.label,
+        )
+    _draw_baselines(axes, rows)
+    front = pareto_front([cost.value for _, cost, _ in points], [score.value for *_, score in points])
+    axes.step(
+        [points[i][1].value for i in front], [points[i][2].value for i in front],
+        where="post", color="#999999", linewidth=1, zorder=1, label="Pareto front",
+    )  # fmt: skip
+    _scale_costs(axes, [bound for _, cost, _ in points for bound in (cost.low, cost.high)])
+    axes.set(xlabel=label, ylabel=f"mean score over {_most_tasks(group)} tasks, points", title=_title(group))
+    _legend_beside(axes)
+    return True
+
+
+def _scale_costs(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis with round numbers where costs span a decade, a linear one where they do not."""
+    if max(values) < 10 * min(values):
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        return
+    low, high = min(values) / 1.25, max(values) * 1.25
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    inside = [tick for power in powers for step in steps if low <= (tick := step * 10.0**power) <= high]
+    axes.set_xticks(inside, [f"{tick:,.10g}" for tick in inside])
+    axes.minorticks_off()
+
+
+def _draw_baselines(axes: Axes, rows: Sequence[MethodScores]) -> None:
+    for row in rows:
+        if row.runs.method in BASELINES:
+            style = LINES[1 + BASELINES.index(row.runs.method)]
+            axes.axhline(_score(row).value, color=BASELINE_COLOUR, linestyle=style, linewidth=1.2, label=row.runs.label)
+
+
+def _draw_curves(canvas: Canvas, group: Group) -> bool:
+    """Task loss over steps: mean of the seeds, and their range."""
+    curves = [(runs, curve) for runs in group.rows if (curve := _loss_curve(runs)) is not None]
+    if not curves:
+        return False
+    axes = canvas.add_subplot()
+    styles = _styles(group)
+    for runs, (steps, losses) in curves:
+        colour, _, line = styles[runs.label]
+        axes.plot(steps, losses.mean(axis=0), color=colour, linestyle=line, linewidth=1.6, label=runs.label)
+        if len(losses) > 1:
+            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    seeds = max(len(losses) for _, (_, losses) in curves)
+    band = f" (mean and range of {seeds} seeds)" if seeds > 1 else ""
+    axes.set(xlabel="training step", ylabel=f"task loss{band}", title=_title(group))
+    _legend_beside(axes)
+    return True
+
+
+def _loss_curve(runs: MethodRuns) -> tuple[list[int], NDArray[np.float64]] | None:
+    curves = [{point.step: point.losses["task"] for point in r.curve if "task" in point.losses} for r in runs.finished]
+    curves = [curve for curve in curves if curve]
+    if not curves:
+        return None
+    # Seeds of one protocol log at the same steps; the intersection guards against a record cut short.
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return (steps, np.array([[curve[step] for step in steps] for curve in curves])) if steps else None
+
+
+def _draw_critical_difference(canvas: Canvas, group: Group) -> bool:
+    """Mean ranks over tasks, each with half the critical difference to both sides."""
+    rows = [row for row in ranked_scores(group) if row.runs.method not in BASELINES]
+    tasks = [task for task in group.tasks if any(task in row.averaged for row in rows)]
+    if len(rows) < 3 or len(tasks) < MINIMUM_TASKS_FOR_RANKS:
+        return False
+    scores = np.array([[_task_score(row, task) for row in rows] for task in tasks])
+    ranks = average_ranks(scores)
+    distance = nemenyi_distance(len(rows), len(tasks))
+    canvas.set_size_inches(7.2, 1.7 + 0.3 * len(rows))
+    axes = canvas.add_subplot()
+    styles = _styles(group)
+    order = np.argsort(ranks, kind="stable")
+    for place, index in enumerate(order):
+        colour, marker, _ = styles[rows[index].runs.label]
+        axes.errorbar(ranks[index], place, xerr=distance / 2, fmt=marker, color=colour, capsize=3, markersize=7)
+    axes.set_yticks(range(len(rows)), [rows[index].runs.label for index in order])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set(
+        xlabel=f"mean rank over {len(tasks)} tasks (1 is best); Friedman p {friedman(scores):.2g}\n"
+        f"apart by more than the critical difference {distance:.1f} (Nemenyi, 5 %):\nbars that do not overlap",
+        title=_title(group),
+    )
+    return True
+
+
+def _task_score(row: MethodScores, task: str) -> float:
+    mean = row.tasks[task][0].mean if task in row.tasks else None
+    return float("nan") if mean is None else mean
+
+
+def _score(row: MethodScores) -> Interval:
+    assert row.mean is not None
+    assert row.mean.mean is not None
+    half = row.mean.half_width or 0.0
+    return Interval(100 * row.mean.mean, 100 * (row.mean.mean - half), 100 * (row.mean.mean + half))
+
+
+def _most_tasks(group: Group) -> int:
+    """Means over fewer tasks do not compare, and are not drawn."""
+    return max((len(row.averaged) for row in ranked_scores(group)), default=0)
+
+
+def _styles(group: Group) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of every method: the same in all figures of a group."""
+    methods = [runs.label for runs in group.rows if runs.method not in BASELINES]
+    styles = {
+        label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i // len(COLOURS) % len(LINES)])
+        for i, label in enumerate(methods)
+    }
+    baselines = [runs.label for runs in group.rows if runs.method in BASELINES]
+    return styles | {label: (BASELINE_COLOUR, ".", LINES[1 + i % 3]) for i, label in enumerate(baselines)}
+
+
+def _title(group: Group) -> str:
+    return group.label if len(group.label) <= 60 else f"{group.label[:57]}..."
+
+
+def _legend_beside(axes: Axes) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,0 +1,149 @@
+"""One validated record per cell: what was run, how it ended, what it scored, what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Final = 1
+
+Status = Literal["ok", "diverged", "oom", "timeout", "unsupported", "error", "interrupted"]
+
+
+class _Strict(BaseModel):
+    # A diverged run has NaN in its curve: JSON knows no NaN, and null would not validate when read back.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Cell(_Strict):
+    """What decides a result: the resolved protocol, the method with every default, the seed.
+
+    Two cells with equal content are the same cell: its id is the SHA-256 of the canonical JSON. Paths and hardware
+    are left out on purpose, so that a record keeps its name on another machine.
+    """
+
+    protocol: dict[str, Any]
+    method: str = Field(description="as written on the command line: name or name@preset")
+    config: dict[str, Any] = Field(description="the method's resolved configuration; empty for the baselines")
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """First 16 hexadecimal digits of the content hash."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Budget(_Strict):
+    """What a run consumed; compared across methods, a difference is an error."""
+
+    order_hash: str = Field(description="SHA-256 over the tokenised training rows in the order they were seen")
+    steps: int
+    rows: int = Field(description="training examples seen; a multiple-choice row counts once")
+    sequences: int = Field(description="token sequences seen; a multiple-choice row counts once per choice")
+    tokens: int = Field(description="tokens without padding")
+    padded_tokens: int = Field(description="tokens with padding")
+    rows_per_task: dict[str, int]
+
+
+class Parameters(_Strict):
+    """Trainable numbers. `adapter` excludes the task heads, which every method shares."""
+
+    adapter: int
+    adapter_closed_form: int
+    adapter_shared: int = Field(description="the part of `adapter` owned by all sites together")
+    heads: int
+    base: int = Field(description="frozen numbers of the backbone")
+    sites: int
+    tasks: int
+
+    @property
+    def adapter_per_task(self) -> float:
+        """Trainable adapter numbers divided by the number of tasks, the papers' convention."""
+        return self.adapter / self.tasks
+
+
+class Score(_Strict):
+    """The figures of one task. A metric that is undefined (a constant prediction, say) is None with a note."""
+
+    metrics: dict[str, float | None]
+    primary: str = Field(description="the metric that is averaged over tasks")
+    rows: int
+    note: str | None = None
+
+
+class Quantiles(_Strict):
+    """Distribution of a repeated timing, in seconds."""
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+
+
+class Timing(_Strict):
+    """Seconds by phase, and a separate timing pass (warm-up excluded, device synchronised)."""
+
+    setup_seconds: float
+    train_seconds: float = Field(description="the optimiser steps alone")
+    evaluate_seconds: float
+    train_step: Quantiles | None = None
+    inference_step: Quantiles | None = None
+    train_tokens_per_second: float | None = Field(None, description="tokens without padding, from `train_step`")
+    inference_tokens_per_second: float | None = None
+
+
+class Memory(_Strict):
+    """Peak memory of the timing pass."""
+
+    peak_bytes: int | None
+    kind: str = Field(description="what was measured: 'CUDA allocator', 'process resident set' or 'not available'")
+
+
+class CurvePoint(_Strict):
+    """One logged training step; `losses` holds the task loss and every auxiliary loss by name."""
+
+    step: int
+    losses: dict[str, float]
+    learning_rate: float
+    gradient_norm: float
+
+
+class Provenance(_Strict):
+    """Where and with what a record was made."""
+
+    commit: str | None
+    dirty: bool | None
+    packages: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    threads: int
+    precision: str
+    deterministic: bool
+    started_utc: str
+    command: str
+
+
+class RunRecord(_Strict):
+    """Everything known of one cell. `status` other than ``ok`` keeps what there was and says why in `reason`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    cell: Cell
+    status: Status
+    reason: str | None = None
+    traceback: str | None = None
+    budget: Budget | None = None
+    parameters: Parameters | None = None
+    scores: dict[str, Score] = Field(default_factory=dict, description="by task name")
+    timing: Timing | None = None
+    memory: Memory | None = None
+    curve: list[CurvePoint] = Field(default_factory=list)
+    backbone: str | None = Field(None, description="one line: model, parameters, revision, what it was trained on")
+    data: dict[str, str] = Field(default_factory=dict, description="task name -> source line")
+    fingerprints: dict[str, str] = Field(default_factory=dict, description="task name -> SHA-256 of its rows")
+    outcomes: str | None = Field(None, description="file name of the per-example outcomes (parquet)")
+    provenance: Provenance
