@@ -1,0 +1,285 @@
+"""Cells: one method with one seed under one protocol. Expanded here, run here, and always ending in a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pandas as pd
+import torch
+
+import moepeft
+from benchmarks.backbones import BackboneSource, describe, hidden_size, load_encoder
+from benchmarks.data import Ledger, TokenisedTask
+from benchmarks.evaluate import Evaluation, evaluate_majority, evaluate_model
+from benchmarks.failures import one_line, status_of, traceback_tail
+from benchmarks.measure import Measurement, measure
+from benchmarks.model import MultiTaskModel
+from benchmarks.protocol import Protocol
+from benchmarks.provenance import gather
+from benchmarks.records import Budget, Cell, Parameters, RunRecord, Status, Timing
+from benchmarks.seeds import torch_stream
+from benchmarks.tasks.base import TaskData
+from benchmarks.train import Trainer, TrainingLog, make_trainer, train, training_batches
+from moepeft.protocols import AdapterFactory
+
+# No training at all; the heads alone; every weight of the backbone.
+BASELINES = ("majority", "head", "full")
+ALWAYS_RUN = ("majority", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCell:
+    """A cell and the method's factory; None for the baselines."""
+
+    cell: Cell
+    factory: AdapterFactory | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all cells of a run share.
+
+    Attributes:
+        protocol: with the precision resolved.
+        data: the tasks' rows, in the order of the protocol.
+        tasks: the same, tokenised.
+        tokenizer: of the backbone.
+        source: where the backbone comes from.
+        device: where to run.
+        command: as it was typed.
+    """
+
+    protocol: Protocol
+    data: tuple[TaskData, ...]
+    tasks: tuple[TokenisedTask, ...]
+    tokenizer: Any
+    source: BackboneSource
+    device: torch.device
+    command: str
+
+
+# ---------------------------------------------------------------------- planning
+
+
+def parse_methods(text: str, *, num_tasks: int) -> dict[str, AdapterFactory | None]:
+    """Factories by the name they were asked for, the baselines that always run first.
+
+    Args:
+        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method.
+        num_tasks: number of tasks of the protocol.
+
+    Raises:
+        UnknownMethod: a name is neither a baseline nor registered.
+        ConfigError: the method cannot be configured for that many tasks.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    expanded = [one for name in names for one in (moepeft.available() if name == "all" else (name,))]
+    return {
+        name: None if name in BASELINES else moepeft.method(name, num_tasks=num_tasks)
+        for name in (*ALWAYS_RUN, *expanded)
+    }
+
+
+def expand(
+    protocol: Protocol, methods: dict[str, AdapterFactory | None], data: Sequence[TaskData]
+) -> list[PlannedCell]:
+    """All cells, seed by seed. The rows' fingerprints belong to the identity: other data, other cells."""
+    identity = {**protocol.identity(), "data": {task.spec.name: task.fingerprint for task in data}}
+    return [
+        PlannedCell(Cell(protocol=identity, method=name, config=_config(factory), seed=seed), factory)
+        for seed in protocol.seeds
+        for name, factory in methods.items()
+    ]
+
+
+def _config(factory: AdapterFactory | None) -> dict[str, Any]:
+    if factory is None:
+        return {}
+    # Through JSON, so that a tuple equals the list a stored record holds.
+    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cast(Any, factory))))
+    return config
+
+
+# ---------------------------------------------------------------------- running
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What is known of a cell so far; a failing cell keeps it."""
+
+    log: TrainingLog = field(default_factory=TrainingLog)
+    ledger: Ledger | None = None
+    backbone: str | None = None
+    parameters: Parameters | None = None
+    evaluation: Evaluation | None = None
+    measurement: Measurement | None = None
+    setup_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+
+    def budget(self) -> Budget | None:
+        return None if self.ledger is None else self.ledger.budget()
+
+    def timing(self) -> Timing:
+        steps = self.measurement
+        return Timing(
+            setup_seconds=self.setup_seconds,
+            train_seconds=self.log.seconds,
+            evaluate_seconds=self.evaluate_seconds,
+            train_step=steps.train_step if steps else None,
+            inference_step=steps.inference_step if steps else None,
+            train_tokens_per_second=steps.tokens / steps.train_step.median if steps else None,
+            inference_tokens_per_second=steps.tokens / steps.inference_step.median if steps else None,
+        )
+
+
+def run_cell(
+    planned: PlannedCell, bench: Bench, on_step: Callable[[int], None]
+) -> tuple[RunRecord, pd.DataFrame | None]:
+    """Run one cell to its record, whatever happens on the way; and its per-example outcomes if it got that far."""
+    provenance = gather(bench.device, bench.protocol.precision, bench.command)
+    found = _Findings()
+    status: Status = "ok"
+    reason = trace = None
+    try:
+        _run(planned, bench, found, on_step)
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "stopped by the user; the same command runs this cell again"
+    except Exception as error:
+        status, reason, trace = status_of(error), one_line(error), traceback_tail(error)
+    # What a failed cell allocated must not fail the next one.
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    evaluation, measurement = found.evaluation, found.measurement
+    record = RunRecord(
+        cell=planned.cell,
+        status=status,
+        reason=reason,
+        traceback=trace,
+        budget=found.budget(),
+        parameters=found.parameters,
+        scores={} if evaluation is None else evaluation.scores,
+        timing=found.timing(),
+        memory=None if measurement is None else measurement.memory,
+        curve=found.log.curve,
+        backbone=found.backbone,
+        data={task.spec.name: task.source for task in bench.data},
+        fingerprints={task.spec.name: task.fingerprint for task in bench.data},
+        outcomes=None,  # named by the store
+        provenance=provenance,
+    )
+    return record, None if evaluation is None else evaluation.outcomes
+
+
+def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
+    protocol = bench.protocol
+    if planned.cell.method == "majority":
+        found.parameters = _count(None, None, len(bench.tasks))
+        found.evaluation = evaluate_majority(bench.tasks)
+        return
+    start = time.perf_counter()
+    trainer = _set_up(planned, bench, found)
+    found.setup_seconds = time.perf_counter() - start
+
+    found.ledger = Ledger([task.spec.name for task in bench.tasks])
+    padding = bench.tokenizer.pad_token_id
+    seed = planned.cell.seed
+    batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
+    train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
+
+    start = time.perf_counter()
+    found.evaluation = evaluate_model(
+        trainer.model,
+        bench.tasks,
+        batch_size=protocol.eval_batch_size,
+        autocast=trainer.autocast,
+        pad_token_id=padding,
+    )
+    found.evaluate_seconds = time.perf_counter() - start
+    found.measurement = measure(
+        trainer,
+        [task.spec for task in bench.tasks],
+        protocol.timing,
+        vocabulary=len(bench.tokenizer),
+        segments="token_type_ids" in bench.tokenizer.model_input_names,
+    )
+
+
+def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Trainer:
+    protocol, seed = bench.protocol, planned.cell.seed
+    encoder = load_encoder(bench.source, dropout=protocol.dropout)
+    found.backbone = describe(bench.source, encoder)
+    specs = [task.spec for task in bench.tasks]
+    model = MultiTaskModel(encoder, specs, hidden=hidden_size(encoder), stream=(protocol.name, seed, "heads"))
+    attachment = None
+    if planned.factory is not None:
+        with torch_stream(protocol.name, seed, "adapters"):
+            attachment = moepeft.attach(encoder, planned.factory)
+        model.passes_task_ids = True
+    elif planned.cell.method == "full":
+        encoder.requires_grad_(True)
+    # Initialised on the CPU and then moved: the same values on every device.
+    model.to(bench.device)
+    found.parameters = _count(model, attachment, len(specs))
+    return make_trainer(model, attachment, protocol)
+
+
+def _count(model: MultiTaskModel | None, attachment: moepeft.Attachment | None, tasks: int) -> Parameters:
+    heads = 0 if model is None else _numbers(model.heads.parameters())
+    if attachment is not None:
+        count = attachment.parameter_count()
+        return Parameters(
+            adapter=count.total,
+            adapter_closed_form=count.closed_form,
+            adapter_shared=count.shared,
+            heads=heads,
+            base=count.base,
+            sites=count.sites,
+            tasks=tasks,
+        )
+    encoder = [] if model is None else list(model.encoder.parameters())
+    # Of full fine-tuning everything trains: it counts as the adapter, and as the base it is compared with.
+    trained = _numbers(parameter for parameter in encoder if parameter.requires_grad)
+    return Parameters(
+        adapter=trained,
+        adapter_closed_form=trained,
+        adapter_shared=0,
+        heads=heads,
+        base=_numbers(encoder),
+        sites=0,
+        tasks=tasks,
+    )
+
+
+def _numbers(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+# ---------------------------------------------------------------------- afterwards
+
+
+def budget_differences(records: Sequence[RunRecord]) -> list[str]:
+    """One line for every pair of finished cells that should have consumed the same and did not."""
+    first: dict[str, RunRecord] = {}
+    problems = []
+    for record in records:
+        if record.status != "ok" or record.budget is None:
+            continue
+        key = json.dumps([record.cell.protocol, record.cell.seed], sort_keys=True)
+        other = first.setdefault(key, record)
+        assert other.budget is not None
+        mine, theirs = record.budget.model_dump(), other.budget.model_dump()
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        if differing:
+            details = ", ".join(f"{name} {mine[name]} and {theirs[name]}" for name in differing)
+            problems.append(
+                f"{record.cell.method} ({record.cell.id}) and {other.cell.method} ({other.cell.id}), "
+                f"seed {record.cell.seed}, did not consume the same: {details}"
+            )
+    return problems
