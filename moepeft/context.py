@@ -8,8 +8,9 @@ and must see what the forward saw.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from .errors import MissingRouting
 from .protocols import LinearSite, Stream
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -146,6 +149,18 @@ class SiteContext:
     def get(self, key: str) -> Any:
         """A value left by an earlier site of this forward, or None."""
         return self.runtime.values.get(key)
+
+    def of_input(self, key: str, x: Tensor, make: Callable[[], T]) -> T:
+        """A value made from the input `x`, once for all sites that receive this very tensor, as q, k and v do.
+
+        Told by identity, so that a layer recomputed by checkpointing, whose input is another tensor, makes its own.
+        """
+        left = self.runtime.values.get(key)
+        if left is None or left[0] is not x:
+            left = (x, make())
+            self.runtime.values[key] = left
+        made: T = left[1]
+        return made
 
     def stat(self, name: str, value: Tensor) -> None:
         """Record a routing statistic; free while nobody asked for them."""

@@ -30,7 +30,18 @@ def save(attachment: Attachment, folder: Path) -> None:
     """Write an attachment's weights and description."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().contiguous().cpu() for name, value in attachment.state_dict().items()}
-    description = {
+    description = _description(attachment)
+    # Each file appears whole or not at all; the description comes last, so that it never describes missing weights.
+    partial = folder / f"{WEIGHTS}.tmp"
+    save_file(state, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    partial = folder / f"{CONFIG}.tmp"
+    partial.write_text(json.dumps(description, indent=1) + "\n")
+    partial.replace(folder / CONFIG)
+
+
+def _description(attachment: Attachment) -> dict[str, Any]:
+    return {
         "schema_version": SCHEMA_VERSION,
         "moepeft_version": version("moepeft"),
         "method": attachment.factory.name,
@@ -40,15 +51,8 @@ def save(attachment: Attachment, folder: Path) -> None:
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
             for site in attachment.sites
         ],
-        "tensors": {name: list(value.shape) for name, value in state.items()},
+        "tensors": {name: list(value.shape) for name, value in attachment.state_dict().items()},
     }
-    # Each file appears whole or not at all; the description comes last, so that it never describes missing weights.
-    partial = folder / f"{WEIGHTS}.tmp"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
-    partial = folder / f"{CONFIG}.tmp"
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    partial.replace(folder / CONFIG)
 
 
 def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Attachment:
@@ -86,6 +90,28 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
         attachment.detach()
         raise
     return attachment
+
+
+def restore(attachment: Attachment, folder: str | Path) -> None:
+    """Give adapters the values saved in `folder` by adapters of the same method, configuration and sites.
+
+    The modules stay, and so do the optimisers and wrappers that hold their parameters.
+
+    Raises:
+        AdapterFileError: anything is wrong with the files, or they are for other adapters; nothing was changed.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    own = _description(attachment)
+    for key in ("method", "config", "sites", "tensors"):
+        # Through JSON, so that a tuple equals the list that was written.
+        if description[key] != json.loads(json.dumps(own[key])):
+            raise AdapterFileError(
+                f"{folder} holds adapters with another {key} than the model's {attachment.factory}: "
+                f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
+            )
+    _check_base(attachment.model, description["base"], folder, any_base=False)
+    attachment.load_state_dict(_read_weights(folder, description["tensors"]))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def merge(attachment: Attachment, task: int | None) -> dict[str, Tensor]:
     """Add every site's update to its weight. Returns the weights as they were; on an error nothing has changed."""
-    _check(attachment, task)
+    check(attachment, task)
     merged = {site.name: _merged_weight(attachment, site, task) for site in attachment.sites}
     kept = {}
     for site in attachment.sites:
@@ -40,7 +40,13 @@ def unmerge(attachment: Attachment, kept: dict[str, Tensor] | None) -> None:
         bind(module)
 
 
-def _check(attachment: Attachment, task: int | None) -> None:
+def check(attachment: Attachment, task: int | None) -> None:
+    """Whether the update for `task` is a fixed change of the weights, and `task` given where it must be.
+
+    Raises:
+        NotMergeable: it is not; says why.
+        MissingRouting: `task` is missing, or given to a method that knows no tasks.
+    """
     capabilities = attachment.factory.capabilities
     if attachment.merged:
         raise NotMergeable("the adapters are merged already: call unmerge() first")

@@ -79,6 +79,17 @@ class Mergeable(Protocol):
         ...
 
 
+@runtime_checkable
+class LoRAShaped(Protocol):
+    """An adapter whose update for a given task is one LoRA: scale * B A. Optional; what has it exports as LoRA."""
+
+    scale: float
+
+    def lora_factors(self, task: int | None) -> tuple[Tensor, Tensor]:
+        """A (r, in_features) and B (out_features, r) for rows of `task`; r is the same at every site."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a configured method promises; the contract tests assert each field, both ways.

@@ -1,4 +1,4 @@
-"""Checks that the configurations share. Each error names the field, the value, what is allowed and what to do."""
+"""What methods share: checks of their configurations, draws, a row's summary."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
+from moepeft.routing import first_position, row_mean
 
 
 def check_count(method: str, field: str, value: Any, *, low: int = 1, high: int | None = None, hint: str = "") -> None:
@@ -41,6 +44,13 @@ def check_choice(method: str, field: str, value: Any, allowed: Sequence[str]) ->
 def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
     """Uniform draws in (-bound, bound)."""
     return torch.empty(shape).uniform_(-bound, bound)
+
+
+def row_summary(x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str) -> Float[Tensor, "rows d"]:
+    """What stands for a row in a contrastive loss: the mean of its real tokens, or position 0."""
+    if anchor == "first":
+        return first_position(x)
+    return ctx.of_input("row_mean", x, lambda: row_mean(x, ctx.mask(x)))
 
 
 def normal(shape: tuple[int, ...], std: float) -> Tensor:

@@ -45,9 +45,17 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods._common import check_choice, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.methods._common import (
+    check_choice,
+    check_count,
+    check_dropout,
+    check_positive,
+    normal,
+    row_summary,
+    uniform,
+)
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, first_position, row_mean, top_k_gates
+from moepeft.routing import contrastive_task_loss, top_k_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +288,7 @@ class EPTAdapter(nn.Module):
         return self.training and self.config.contrastive > 0
 
     def _record_loss(self, x: Tensor, tasks: Int[Tensor, "rows"], ctx: SiteContext) -> None:
-        summary = first_position(x) if self.config.anchor == "first" else row_mean(x, ctx.mask(x))
+        summary = row_summary(x, ctx, self.config.anchor)
         ctx.loss("contrastive", contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature))
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:

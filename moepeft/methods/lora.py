@@ -98,3 +98,7 @@ class LoRAAdapter(nn.Module):
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B A."""
         return self.scale * (self.B @ self.A)
+
+    def lora_factors(self, task: int | None) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+        """A and B."""
+        return self.A, self.B

@@ -164,15 +164,13 @@ class Routers(nn.Module):
 
 
 class Choice(NamedTuple):
-    """What the router chose for the tokens of `x`.
+    """What the router chose for the tokens of an FFN's input.
 
     Attributes:
-        x: the FFN's input; its projections receive the same tensor, by which a stale choice is told from a fresh one.
         weights: weights of the k choices, (k, rows, ..., 1), in float32 at least.
         experts: which expert each choice is, one-hot over E, (k, rows, ..., E).
     """
 
-    x: Tensor
     weights: Tensor
     experts: Tensor
 
@@ -205,7 +203,10 @@ class InwardAdapter(_ExpertPairs):
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "k_rows *n o"]:
         """Stream j holds the rows as expert i_j of each token projects them."""
-        choice = self._choice(x, ctx)
+        block = ctx.site.block
+        assert block is not None
+        # Routed once per FFN: its first projection does it, the second finds the choice made for the same tensor.
+        choice = ctx.of_input(block, x, lambda: self._route(block, x, ctx))
         y = base(x)
         if not self.has_experts:
             return y.repeat(self.config.top_k, *(1,) * (y.dim() - 1))
@@ -213,13 +214,7 @@ class InwardAdapter(_ExpertPairs):
         streams = down * self.rank_mask(choice.experts, down)
         return (y + F.linear(streams, self.B.to(down.dtype)).to(y.dtype)).flatten(0, 1)
 
-    def _choice(self, x: Tensor, ctx: SiteContext) -> Choice:
-        """Route once per FFN: its first projection does, the second finds the choice for the same tensor."""
-        block = ctx.site.block
-        assert block is not None
-        left: Choice | None = ctx.get(block)
-        if left is not None and left.x is x:
-            return left
+    def _route(self, block: str, x: Tensor, ctx: SiteContext) -> Choice:
         weight = self._routers[0][block]
         with torch.autocast(device_type=x.device.type, enabled=False):
             probabilities = F.linear(x.to(weight.dtype), weight).softmax(dim=-1)
@@ -229,10 +224,7 @@ class InwardAdapter(_ExpertPairs):
         ctx.stat("probabilities", probabilities)
         ctx.stat("experts", top.indices)
         weights = (top.values / top.values.sum(dim=-1, keepdim=True)).movedim(-1, 0).unsqueeze(-1)
-        experts = F.one_hot(top.indices.movedim(-1, 0), self.config.num_experts)
-        choice = Choice(x, weights, experts)
-        ctx.put(block, choice)
-        return choice
+        return Choice(weights, F.one_hot(top.indices.movedim(-1, 0), self.config.num_experts))
 
 
 class OutwardAdapter(_ExpertPairs):
@@ -242,7 +234,7 @@ class OutwardAdapter(_ExpertPairs):
         """Sum over streams of weight times projection."""
         block = ctx.site.block
         assert block is not None
-        choice: Choice = ctx.get(block)
+        choice: Choice = ctx.get(block)[1]
         ctx.put(block, None)  # the choice holds activations: let them go with this FFN
         streams = x.reshape(self.config.top_k, -1, *x.shape[1:])
         weights = choice.weights.to(x.dtype)

@@ -168,5 +168,9 @@ class MOELoRAAdapter(nn.Module):
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(w_t) A."""
-        weights = self.rank_weights(torch.tensor([[task]], device=self.A.device))
-        return (self.B * weights) @ self.A * self.scale
+        A, B = self.lora_factors(task)
+        return B @ A * self.scale
+
+    def lora_factors(self, task: int | None) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+        """A and B diag(w_t)."""
+        return self.A, self.B * self.rank_weights(torch.tensor([[task]], device=self.A.device))

@@ -32,9 +32,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moepeft.context import SiteContext
-from moepeft.methods._common import check_choice, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.methods._common import (
+    check_choice,
+    check_count,
+    check_dropout,
+    check_positive,
+    normal,
+    row_summary,
+    uniform,
+)
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, first_position, per_row, row_mean
+from moepeft.routing import contrastive_task_loss, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +182,7 @@ class MoREAdapter(nn.Module):
         down = F.linear(self.dropout(x), self.A.to(x.dtype))
         update = F.linear(down * per_row(weights, down), self.B.to(down.dtype))
         if self.training and self.config.contrastive:
-            summary = first_position(x) if self.config.anchor == "first" else row_mean(x, ctx.mask(x))
+            summary = row_summary(x, ctx, self.config.anchor)
             ctx.loss(
                 "contrastive",
                 contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature),
@@ -183,5 +191,10 @@ class MoREAdapter(nn.Module):
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(weights of the task) A."""
+        A, B = self.lora_factors(task)
+        return self.scale * B @ A
+
+    def lora_factors(self, task: int | None) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
+        """A and B diag(weights of the task)."""
         assert task is not None
-        return self.scale * (self.B * self.term_weights()[task]) @ self.A
+        return self.A, self.B * self.term_weights()[task]

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 import tensorly
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from tensorly.tenalg import multi_mode_dot
@@ -165,6 +166,9 @@ class Router(nn.Module):
             mean = rows.mean(dim=0)
             noise = 2 * torch.rand_like(self.centroids[1:]) - 1
             self.centroids.copy_(torch.cat((mean[None], mean + self.config.perturbation * noise)))
+            if dist.is_available() and dist.is_initialized():
+                # Every process has seen another batch; all must go on from the same centroids.
+                dist.broadcast(self.centroids.detach(), src=0)
             self.initialised.fill_(True)
         self._ready = True
 
