@@ -7,13 +7,16 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: as fast on an idle machine, several times faster on a busy one.
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: quick test check clean
+.PHONY: quick test test-slow check clean
 
 quick: $(READY)  ## install, then train two methods on the embedded suite and print the tables
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
 
 test: $(READY) check  ## install, then lint, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)  ## what takes minutes: simulations, compilation, several processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

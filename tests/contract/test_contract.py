@@ -138,11 +138,12 @@ def test_merge_or_refuse(host: str, spec: str) -> None:
 
 @everywhere
 @on_hosts
-def test_rows_stand_alone_or_declared(host: str, spec: str) -> None:
-    """A mixed-task batch equals its rows run one by one, each with its own task."""
+@pytest.mark.parametrize("padded", [0, 3])
+def test_rows_stand_alone_or_declared(host: str, spec: str, padded: int) -> None:
+    """A mixed-task batch equals its rows run one by one, each with its own task, with and without padding."""
     model, adapters = attached(host, spec)
     model.double()
-    inputs = batch(model)
+    inputs = batch(model, padded=padded)
     together = run(model, inputs, IDS)
     alone = torch.cat([run(model, rows_of(inputs, [row]), IDS[[row]]) for row in range(4)])
     assert torch.allclose(together, alone, atol=1e-9) == adapters.factory.capabilities.row_independent

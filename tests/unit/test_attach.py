@@ -181,6 +181,7 @@ def test_summary_says_what_is_there() -> None:
 
 # The compiler looks at the routing that the last eager forward left, and warns that it is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [*moepeft.available(), "ept@released", "more@released"])
 def test_compiles_without_a_graph_break(spec: str) -> None:
     """Every method's sites, as one graph; outputs as without the compiler."""
