@@ -25,20 +25,23 @@ from benchmarks.provenance import gather
 from benchmarks.records import Budget, Cell, Parameters, RunRecord, Status, Timing
 from benchmarks.seeds import torch_stream
 from benchmarks.tasks.base import TaskData
-from benchmarks.train import Trainer, TrainingLog, make_trainer, train, training_batches
+from benchmarks.train import AnyAttachment, Trainer, TrainingLog, make_trainer, train, training_batches
+from moepeft.bridges.peft_baselines import SPEC_PREFIX, PeftBaseline
 from moepeft.protocols import AdapterFactory
 
 # No training at all; the heads alone; every weight of the backbone.
 BASELINES = ("majority", "head", "full")
 ALWAYS_RUN = ("majority", "head")
 
+Method = AdapterFactory | PeftBaseline | None
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedCell:
-    """A cell and the method's factory; None for the baselines."""
+    """A cell and the method's factory; None for the baselines that attach nothing."""
 
     cell: Cell
-    factory: AdapterFactory | None
+    factory: Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,12 @@ class Bench:
 # ---------------------------------------------------------------------- planning
 
 
-def parse_methods(text: str, *, num_tasks: int) -> dict[str, AdapterFactory | None]:
+def parse_methods(text: str, *, num_tasks: int) -> dict[str, Method]:
     """Factories by the name they were asked for, the baselines that always run first.
 
     Args:
-        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method.
+        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method,
+            ``peft:NAME`` for one of the peft package.
         num_tasks: number of tasks of the protocol.
 
     Raises:
@@ -80,15 +84,16 @@ def parse_methods(text: str, *, num_tasks: int) -> dict[str, AdapterFactory | No
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     expanded = [one for name in names for one in (moepeft.available() if name == "all" else (name,))]
-    return {
-        name: None if name in BASELINES else moepeft.method(name, num_tasks=num_tasks)
-        for name in (*ALWAYS_RUN, *expanded)
-    }
+    return {name: _method(name, num_tasks) for name in (*ALWAYS_RUN, *expanded)}
 
 
-def expand(
-    protocol: Protocol, methods: dict[str, AdapterFactory | None], data: Sequence[TaskData]
-) -> list[PlannedCell]:
+def _method(name: str, num_tasks: int) -> Method:
+    if name in BASELINES:
+        return None
+    return PeftBaseline.parse(name) if name.startswith(SPEC_PREFIX) else moepeft.method(name, num_tasks=num_tasks)
+
+
+def expand(protocol: Protocol, methods: dict[str, Method], data: Sequence[TaskData]) -> list[PlannedCell]:
     """All cells, seed by seed. The rows' fingerprints belong to the identity: other data, other cells."""
     identity = {**protocol.identity(), "data": {task.spec.name: task.fingerprint for task in data}}
     return [
@@ -98,7 +103,7 @@ def expand(
     ]
 
 
-def _config(factory: AdapterFactory | None) -> dict[str, Any]:
+def _config(factory: Method) -> dict[str, Any]:
     if factory is None:
         return {}
     # Through JSON, so that a tuple equals the list a stored record holds.
@@ -220,7 +225,7 @@ def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Trainer:
     attachment = None
     if planned.factory is not None:
         with torch_stream(protocol.name, seed, "adapters"):
-            attachment = moepeft.attach(encoder, planned.factory)
+            attachment = _attach(encoder, planned.factory)
         model.passes_task_ids = True
     elif planned.cell.method == "full":
         encoder.requires_grad_(True)
@@ -230,7 +235,11 @@ def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Trainer:
     return make_trainer(model, attachment, protocol)
 
 
-def _count(model: MultiTaskModel | None, attachment: moepeft.Attachment | None, tasks: int) -> Parameters:
+def _attach(encoder: torch.nn.Module, method: AdapterFactory | PeftBaseline) -> AnyAttachment:
+    return method.attach(encoder) if isinstance(method, PeftBaseline) else moepeft.attach(encoder, method)
+
+
+def _count(model: MultiTaskModel | None, attachment: AnyAttachment | None, tasks: int) -> Parameters:
     heads = 0 if model is None else _numbers(model.heads.parameters())
     if attachment is not None:
         count = attachment.parameter_count()

@@ -16,6 +16,9 @@ from benchmarks.protocol import Protocol
 from benchmarks.records import Budget, CurvePoint
 from benchmarks.seeds import stream
 from moepeft import Attachment
+from moepeft.bridges.peft_baselines import PeftAttachment
+
+AnyAttachment = Attachment | PeftAttachment
 
 
 class Diverged(RuntimeError):
@@ -46,7 +49,7 @@ class Trainer:
     """
 
     model: MultiTaskModel
-    attachment: Attachment | None
+    attachment: AnyAttachment | None
     parameters: list[nn.Parameter]
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -69,7 +72,7 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}, norm
 
 
-def make_trainer(model: MultiTaskModel, attachment: Attachment | None, protocol: Protocol) -> Trainer:
+def make_trainer(model: MultiTaskModel, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
     """Optimiser and schedule as the protocol says, over whatever of the model trains."""
     from transformers import get_scheduler
 
