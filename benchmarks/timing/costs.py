@@ -1,0 +1,120 @@
+"""What a step costs apart from time: operations, memory kept for the backward pass, peak memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import PeakMemory
+from benchmarks.timing.clock import Step
+from benchmarks.timing.contestants import Contestant
+from benchmarks.train import synchronise
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of one step.
+
+    Attributes:
+        flops: floating-point operations of its matrix products, a multiply and an add each.
+        saved_bytes: what autograd keeps for the backward pass, weights and each storage's second mention left out.
+        peak_bytes: peak memory above that before the step; None where it cannot be read.
+        peak_kind: where `peak_bytes` was read.
+    """
+
+    flops: int
+    saved_bytes: int
+    peak_bytes: int | None
+    peak_kind: str
+
+
+def measure_costs(contestant: Contestant, timed: Step, eager: Step, device: torch.device) -> Costs:
+    """Run steps to count them.
+
+    Args:
+        contestant: whose steps they are.
+        timed: the step as it is timed; its peak memory is measured.
+        eager: the same to count, not compiled: compiled code shows neither its operations nor what it saves.
+        device: where they run.
+    """
+    saved = _SavedTensors(contestant)
+    with eager.around(), _frozen_in_inference(contestant):
+        eager.prepare()
+        with FlopCounterMode(display=False) as counter:
+            eager.run()
+        eager.prepare()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            eager.run()
+    peak_bytes, kind = _peak(contestant, timed, device)
+    return Costs(counter.get_total_flops(), saved.total, peak_bytes, kind)
+
+
+@contextmanager
+def _frozen_in_inference(contestant: Contestant) -> Iterator[None]:
+    """The counter hooks into the gradients of whatever requires one, and fails where none is ever computed."""
+    parameters = () if contestant.model.training else contestant.parameters
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class _SavedTensors:
+    """Sums the distinct storages that autograd saves, the model's own weights left out."""
+
+    def __init__(self, contestant: Contestant) -> None:
+        owned = (*contestant.model.parameters(), *contestant.model.buffers())
+        self._owned = {tensor.untyped_storage().data_ptr() for tensor in owned}
+        # The tensors are held, so that no address is given out twice.
+        self._seen: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note the tensor; hand it on as it is."""
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._owned:
+            self._seen.setdefault(address, tensor.detach())
+        return tensor
+
+    @property
+    def total(self) -> int:
+        """Bytes of all."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
+
+
+def _peak(contestant: Contestant, step: Step, device: torch.device) -> tuple[int | None, str]:
+    for parameter in contestant.parameters:
+        parameter.grad = None
+    with step.around():
+        step.prepare()
+        synchronise(device)
+        gc.collect()
+        if device.type == "cpu":
+            _return_free_memory()
+        peak = PeakMemory(device)
+        peak.reset()
+        before = peak.read()
+        step.run()
+        synchronise(device)
+        after = peak.read()
+    if before.peak_bytes is None or after.peak_bytes is None:
+        return None, after.kind
+    return after.peak_bytes - before.peak_bytes, after.kind
+
+
+def _return_free_memory() -> None:
+    """Hand freed memory back to the system: a step that fills it again would not show in the resident set."""
+    library: Any = ctypes.CDLL(None)
+    trim = getattr(library, "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
