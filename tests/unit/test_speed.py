@@ -351,6 +351,7 @@ def test_share_of_the_peak(tmp_path: Path) -> None:
         assert row["mfu"] == pytest.approx(2 * 2 * 20 * 32 * 48 / row["quantiles"]["median"] / 0.5e12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"), [("minilm", "bf16"), ("t5-base", "fp32"), ("llama-2-7b", "bf16"), ("deberta-v3-base", "fp32")]
 )

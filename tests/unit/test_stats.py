@@ -215,6 +215,7 @@ def test_undefined_metrics_are_zero():
     assert metric_value("f1", np.zeros(3), constant) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", sorted(STATISTICS))
 def test_example_variance_is_that_of_explicit_resampling(metric):
     generator = np.random.default_rng(1)
@@ -295,6 +296,7 @@ def truth(gap: float, spread: float) -> float:
     return float(scipy_stats.norm.cdf((0.9 + gap) / total) - scipy_stats.norm.cdf(0.9 / total))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("seeds", "spread"), [(3, 0.02), (3, 0.2), (5, 0.1)])
 def test_intervals_cover_the_truth(seeds, spread, shared):
@@ -306,6 +308,7 @@ def test_intervals_cover_the_truth(seeds, spread, shared):
     assert np.mean([study.half_width for study in found]) < 8 * np.std([study.estimate for study in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "spread"), [(3, 0.02), (3, 0.2), (5, 0.1)])
 def test_equal_methods_are_rarely_called_different(seeds, spread):
     generator = np.random.default_rng([7, seeds, round(100 * spread)])
@@ -321,6 +324,7 @@ def test_a_large_gap_is_found():
     assert np.mean([said == "better" for said in verdicts]) >= 0.95
 
 
+@pytest.mark.slow
 def test_equal_methods_compared_in_a_family_are_rarely_called_different():
     generator = np.random.default_rng(13)
     wrong = 0
