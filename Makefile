@@ -4,8 +4,6 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Waiting threads sleep instead of spinning: as fast on an idle machine, several times faster on a busy one.
-export GOMP_SPINCOUNT ?= 0
 
 .PHONY: quick test test-slow check clean
 
