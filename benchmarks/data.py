@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -114,13 +115,21 @@ def tokenise_task(data: TaskData, tokenizer: Any, protocol: Protocol) -> Tokenis
 
 
 def chosen_rows(data: TaskData, split: Split, protocol: Protocol) -> tuple[list[int], list[Example]]:
-    """Positions and examples the protocol uses: all, or a subset that depends on the task's name alone."""
+    """Positions and examples the protocol uses: all, or a subset that depends on the task's name alone.
+
+    On a fold, rows cut from the training rows stand in for the reported ones, and are not trained on.
+    """
     rows = data.train if split == "train" else data.validation
-    limit = protocol.train_rows if split == "train" else protocol.eval_rows
     indices = list(range(len(rows)))
-    if limit is not None and limit < len(rows):
-        drawn = generator("subset", split, data.spec.name).permutation(len(rows))[:limit]
-        indices = sorted(map(int, drawn))
+    if protocol.evaluate_on == "fold":
+        rows = data.train
+        drawn = list(map(int, generator("fold", data.spec.name).permutation(len(rows))))
+        cut = max(1, min(protocol.fold_rows, len(rows) // 5))
+        indices = sorted(drawn[cut:] if split == "train" else drawn[:cut])
+    limit = protocol.train_rows if split == "train" else protocol.eval_rows
+    if limit is not None and limit < len(indices):
+        kept = generator("subset", split, data.spec.name).permutation(len(indices))[:limit]
+        indices = [indices[at] for at in sorted(map(int, kept))]
     return indices, [rows[index] for index in indices]
 
 
@@ -196,6 +205,32 @@ def training_order(
     for _ in range(steps):
         tasks = draws.integers(len(rows), size=batch_size)
         yield [(int(task), next(rows[task])) for task in tasks]
+
+
+def sorted_within_windows(
+    order: Iterable[list[tuple[int, int]]],
+    length: Callable[[tuple[int, int]], int],
+    *,
+    window: int,
+    stream: Sequence[str | int],
+) -> Iterator[list[tuple[int, int]]]:
+    """The same rows, those of `window` consecutive steps sorted by length and cut into steps again, in random order.
+
+    A batch is padded to its longest row: of an unsorted mixed batch two thirds can be padding.
+
+    Args:
+        order: steps of (task, row) positions.
+        length: of a row, in tokens.
+        window: number of steps sorted together.
+        stream: names of the random stream that orders the steps of a window.
+    """
+    rng = generator(*stream, "windows")
+    steps = iter(order)
+    while group := list(itertools.islice(steps, window)):
+        rows = sorted((row for step in group for row in step), key=length)
+        ends = list(itertools.accumulate(map(len, group), initial=0))
+        for at in rng.permutation(len(group)):
+            yield rows[ends[at] : ends[at + 1]]
 
 
 def _shuffled_for_ever(size: int, rng: np.random.Generator) -> Iterator[int]:

@@ -23,7 +23,7 @@ from pydantic import (
 PROTOCOL_FOLDER = Path(__file__).parent / "protocols"
 
 # Raise it whenever a change of this package changes the numbers a run gives: old records are then not reused.
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -64,12 +64,19 @@ class Protocol(_Frozen):
         default=0.0, description="every dropout rate of the backbone; None: as its configuration has them"
     )
 
+    length_window: PositiveInt = Field(
+        default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
+    )
     max_length: Annotated[int, Field(ge=8)] = 128
     pooling: Literal["mean"] = "mean"
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
     )
     eval_rows: PositiveInt | None = Field(default=None, description="the same for the reported rows")
+    evaluate_on: Literal["reported", "fold"] = Field(
+        default="reported", description="fold: rows cut from the training rows, for choosing anything at all"
+    )
+    fold_rows: PositiveInt = Field(default=300, description="rows per task in that fold, never more than a fifth")
     eval_batch_size: PositiveInt = Field(default=64, description="rows per batch of one task, sorted by length")
     precision: Precision = "auto"
 

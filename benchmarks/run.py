@@ -56,6 +56,8 @@ class Options:
     """Peak learning rate."""
     eval_rows: int | None = None
     """Score at most this many rows per task, a seeded subset that is the same for all methods."""
+    evaluate_on: Literal["reported", "fold"] | None = None
+    """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; no part of a cell's identity."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -147,6 +149,7 @@ def resolve_protocol(options: Options) -> Protocol:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         eval_rows=options.eval_rows,
+        evaluate_on=options.evaluate_on,
         precision=options.precision,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Batch, Ledger, TokenisedTask, collate, training_order
+from benchmarks.data import Batch, Ledger, TokenisedTask, collate, sorted_within_windows, training_order
 from benchmarks.model import MultiTaskModel
 from benchmarks.protocol import Protocol
 from benchmarks.records import Budget, CurvePoint
@@ -108,13 +108,18 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of a run, in an order that the protocol and the seed alone decide; entered in `ledger`."""
     specs = [task.spec for task in tasks]
+    names = (protocol.name, seed, "order")
     order = training_order(
         {task.spec.name: len(task.train) for task in tasks},
         steps=protocol.steps,
         batch_size=protocol.batch_size,
-        stream=(protocol.name, seed, "order"),
+        stream=names,
     )
-    for slots in order:
+
+    def length(slot: tuple[int, int]) -> int:
+        return tasks[slot[0]].train[slot[1]].length
+
+    for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
         rows = [(task, tasks[task].train[index]) for task, index in slots]
         batch = collate(rows, specs, pad_token_id)
         ledger.add(rows, batch)

@@ -11,7 +11,17 @@ import torch
 from scipy import stats
 
 from benchmarks.backbones import find_backbone, hidden_size, load_encoder, load_tokenizer
-from benchmarks.data import Ledger, Row, TokenisedTask, chosen_rows, collate, texts_of, tokenise_task, training_order
+from benchmarks.data import (
+    Ledger,
+    Row,
+    TokenisedTask,
+    chosen_rows,
+    collate,
+    sorted_within_windows,
+    texts_of,
+    tokenise_task,
+    training_order,
+)
 from benchmarks.model import MultiTaskModel, mean_pool
 from benchmarks.protocol import Protocol
 from benchmarks.seeds import stream, torch_stream
@@ -149,6 +159,48 @@ def hand_made_rows() -> list[tuple[int, Row]]:
         return Row(ids, tuple((0,) * length for length in lengths), label, 0)
 
     return [(2, row((3, 9), 1)), (0, row((4,), 1)), (2, row((2, 2, 5), 2)), (1, row((6,), 4.0))]
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 50])
+def test_windows_keep_every_row_and_pad_less(window):
+    lengths = {"short": np.arange(5, 15), "long": np.arange(60, 90)}
+    steps = list(training_order({"short": 10, "long": 30}, steps=11, batch_size=8, stream=("order",)))
+    names = list(lengths)
+
+    def length(slot):
+        return int(lengths[names[slot[0]]][slot[1]])
+
+    found = list(sorted_within_windows(steps, length, window=window, stream=("order",)))
+    assert found == list(sorted_within_windows(steps, length, window=window, stream=("order",)))
+    assert [len(step) for step in found] == [8] * 11
+    for start in range(0, 11, window):
+        group = slice(start, start + window)
+        assert sorted(row for step in found[group] for row in step) == sorted(
+            row for step in steps[group] for row in step
+        )
+
+    def padded(order):
+        return sum(len(step) * max(map(length, step)) for step in order)
+
+    assert padded(found) <= padded(steps)
+    assert window == 1 or padded(found) < 0.8 * padded(steps)
+    assert window == 1 or [max(map(length, s)) for s in found] != sorted(max(map(length, s)) for s in found)
+
+
+def test_a_fold_is_cut_from_the_training_rows_and_not_trained_on():
+    train = [Example(f"train {number}") for number in range(400)]
+    data = TaskData(CLASSES, train, [Example("reported")], "hand-made", "0" * 64)
+    fold = protocol(evaluate_on="fold", fold_rows=50)
+    (trained, _), (scored, rows) = (chosen_rows(data, split, fold) for split in ("train", "validation"))
+    assert len(scored) == 50
+    assert sorted([*trained, *scored]) == list(range(400))
+    assert all(row in train for row in rows)
+    few = fold.with_overrides(train_rows=100, eval_rows=10)
+    assert len(chosen_rows(data, "train", few)[0]) == 100
+    assert set(chosen_rows(data, "train", few)[0]) <= set(trained)
+    assert set(chosen_rows(data, "validation", few)[0]) <= set(scored)
+    small = TaskData(CLASSES, train[:20], [Example("reported")], "hand-made", "0" * 64)
+    assert len(chosen_rows(small, "validation", fold)[0]) == 4
 
 
 def test_collate_on_a_hand_worked_batch():
