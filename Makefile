@@ -4,8 +4,10 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
+LOWEST := .venv-lowest
 
-.PHONY: quick test test-slow check clean
+.PHONY: quick test test-slow test-lowest check docs clean
 
 quick: $(READY)  ## install, then train two methods on the embedded suite and print the tables
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
@@ -13,18 +15,34 @@ quick: $(READY)  ## install, then train two methods on the embedded suite and pr
 test: $(READY) check  ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-test-slow: $(READY)  ## what takes minutes: simulations, compilation, several processes
+test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
-check: $(READY)
+test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/contract tests/golden tests/unit/test_bridge_peft.py tests/unit/test_bridge_trainer.py
+
+check: $(READY)  ## lint, types, and whether tables, figures and README are what the records give
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.report --check --readme README.md
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[bench,offline,peft,dev]"
 	touch $@
 
+docs: $(DOCS)  ## the documentation's site, in site/
+	$(BIN)/mkdocs build --strict
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[docs]"
+	touch $@
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[peft]" datasets pytest hypothesis beartype
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)

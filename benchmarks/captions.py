@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.groups import Group
@@ -17,6 +17,7 @@ def group_caption(group: Group) -> tuple[str, ...]:
     """The lines that every table of a group shares."""
     return (
         _protocol_line(group),
+        *_recipe_lines(group),
         *_data_lines(group),
         *_budget_lines(group),
         *_hardware_lines(group),
@@ -39,10 +40,60 @@ def _protocol_line(group: Group) -> str:
         parts.append(f"backbone {protocol['backbone']}")
     if "steps" in protocol and "batch_size" in protocol:
         parts.append(f"{_number(protocol['steps'])} steps of {_number(protocol['batch_size'])} rows")
+    if protocol.get("train_rows"):
+        parts.append(f"trained on at most {_number(protocol['train_rows'])} rows per task")
     if protocol.get("eval_rows"):
-        parts.append(f"scored on {_number(protocol['eval_rows'])} rows per task")
+        parts.append(f"scored on at most {_number(protocol['eval_rows'])} rows per task")
+    if protocol.get("evaluate_on") == "fold":
+        parts.append("scored on rows cut from train, not on the reported ones")
+    if protocol.get("track", "as-published") != "as-published":
+        parts.append(f"track {protocol['track']}: sizes chosen for about as many parameters as the reference has")
     parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     return f"{'; '.join(parts)}."
+
+
+def _recipe_lines(group: Group) -> list[str]:
+    """Learning rates and the rest of the optimiser, as far as the protocol tells."""
+    protocol = group.protocol
+    rates = _tuned_rates(group) if "tuned" in protocol else _common_rate(group)
+    if rates is None:
+        return []
+    parts = [rates]
+    if "weight_decay" in protocol:
+        parts.append(f"weight decay {protocol['weight_decay']:g}")
+    if {"schedule", "warmup_ratio"} <= set(protocol):
+        parts.append(f"{protocol['schedule']} decay after {100 * protocol['warmup_ratio']:.3g} % warm-up")
+    if "clip_norm" in protocol:
+        parts.append(f"gradient norm clipped at {protocol['clip_norm']:g}")
+    return [f"AdamW: {'; '.join(parts)}."]
+
+
+def _common_rate(group: Group) -> str | None:
+    if "learning_rate" not in group.protocol:
+        return None
+    return f"learning rate {group.protocol['learning_rate']:g}{_head_rate(group, group.protocol)} for all methods"
+
+
+def _tuned_rates(group: Group) -> str:
+    """What every method tried, and what it ended with: its records have the rate, the group has not."""
+    how = group.protocol["tuned"]
+    tried = ", ".join(f"{rate:g}" for rate in how.get("rates", ()))
+    found = {
+        row.label: _first_seen(f"{record.cell.protocol['learning_rate']:g}" for record in row.records)
+        for row in group.rows
+        if any(record.budget is not None for record in row.records)
+    }
+    chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in found.items())
+    return (
+        f"learning rate of every method the best of {tried} on rows cut from train (seed {how.get('seed')}, "
+        f"{_number(how.get('steps'))} steps): {chosen or 'none yet'}{_head_rate(group, how)}"
+    )
+
+
+def _head_rate(group: Group, protocol: Mapping[str, Any]) -> str:
+    has_heads = any(record.parameters is not None and record.parameters.heads > 0 for record in group.records)
+    rate = protocol.get("head_learning_rate")
+    return f" (task heads {rate:g})" if has_heads and rate is not None else ""
 
 
 def _data_lines(group: Group) -> list[str]:

@@ -1,4 +1,4 @@
-"""Cells: one method with one seed under one protocol. Expanded here, run here, and always ending in a record."""
+"""Run a cell: one method with one seed under one protocol, always ending in a record."""
 
 from __future__ import annotations
 
@@ -8,40 +8,30 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
 
 import moepeft
-from benchmarks.backbones import BackboneSource, describe, hidden_size, load_encoder
+from benchmarks.backbones import BackboneSource, describe
 from benchmarks.data import Ledger, TokenisedTask
 from benchmarks.evaluate import Evaluation, evaluate_majority, evaluate_model
 from benchmarks.failures import one_line, status_of, traceback_tail
+from benchmarks.families import AnyAttachment, Model, family_of
+from benchmarks.groups import without_rates
 from benchmarks.measure import Measurement, measure
-from benchmarks.model import MultiTaskModel
+from benchmarks.planning import PlannedCell, trains
 from benchmarks.protocol import Protocol
 from benchmarks.provenance import gather
-from benchmarks.records import Budget, Cell, Parameters, RunRecord, Status, Timing
+from benchmarks.records import Budget, Parameters, Routing, RunRecord, Status, Timing
+from benchmarks.routes import collect
 from benchmarks.seeds import torch_stream
 from benchmarks.tasks.base import TaskData
-from benchmarks.train import AnyAttachment, Trainer, TrainingLog, make_trainer, train, training_batches
-from moepeft.bridges.peft_baselines import SPEC_PREFIX, PeftBaseline
+from benchmarks.train import TrainingLog, make_trainer, train, training_batches
+from moepeft.bridges.peft_baselines import PeftBaseline
+from moepeft.errors import Unsupported
 from moepeft.protocols import AdapterFactory
-
-# No training at all; the heads alone; every weight of the backbone.
-BASELINES = ("majority", "head", "full")
-ALWAYS_RUN = ("majority", "head")
-
-Method = AdapterFactory | PeftBaseline | None
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedCell:
-    """A cell and the method's factory; None for the baselines that attach nothing."""
-
-    cell: Cell
-    factory: Method
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +46,7 @@ class Bench:
         source: where the backbone comes from.
         device: where to run.
         command: as it was typed.
+        timed: whether cells end with a timing pass; not if others run beside them, nor for trials.
     """
 
     protocol: Protocol
@@ -65,50 +56,7 @@ class Bench:
     source: BackboneSource
     device: torch.device
     command: str
-
-
-# ---------------------------------------------------------------------- planning
-
-
-def parse_methods(text: str, *, num_tasks: int) -> dict[str, Method]:
-    """Factories by the name they were asked for, the baselines that always run first.
-
-    Args:
-        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method,
-            ``peft:NAME`` for one of the peft package.
-        num_tasks: number of tasks of the protocol.
-
-    Raises:
-        UnknownMethod: a name is neither a baseline nor registered.
-        ConfigError: the method cannot be configured for that many tasks.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    expanded = [one for name in names for one in (moepeft.available() if name == "all" else (name,))]
-    return {name: _method(name, num_tasks) for name in (*ALWAYS_RUN, *expanded)}
-
-
-def _method(name: str, num_tasks: int) -> Method:
-    if name in BASELINES:
-        return None
-    return PeftBaseline.parse(name) if name.startswith(SPEC_PREFIX) else moepeft.method(name, num_tasks=num_tasks)
-
-
-def expand(protocol: Protocol, methods: dict[str, Method], data: Sequence[TaskData]) -> list[PlannedCell]:
-    """All cells, seed by seed. The rows' fingerprints belong to the identity: other data, other cells."""
-    identity = {**protocol.identity(), "data": {task.spec.name: task.fingerprint for task in data}}
-    return [
-        PlannedCell(Cell(protocol=identity, method=name, config=_config(factory), seed=seed), factory)
-        for seed in protocol.seeds
-        for name, factory in methods.items()
-    ]
-
-
-def _config(factory: Method) -> dict[str, Any]:
-    if factory is None:
-        return {}
-    # Through JSON, so that a tuple equals the list a stored record holds.
-    config: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cast(Any, factory))))
-    return config
+    timed: bool = True
 
 
 # ---------------------------------------------------------------------- running
@@ -124,6 +72,7 @@ class _Findings:
     parameters: Parameters | None = None
     evaluation: Evaluation | None = None
     measurement: Measurement | None = None
+    routing: Routing | None = None
     setup_seconds: float = 0.0
     evaluate_seconds: float = 0.0
 
@@ -140,6 +89,8 @@ class _Findings:
             inference_step=steps.inference_step if steps else None,
             train_tokens_per_second=steps.tokens / steps.train_step.median if steps else None,
             inference_tokens_per_second=steps.tokens / steps.inference_step.median if steps else None,
+            own_share=steps.own_share if steps else None,
+            others_share=steps.others_share if steps else None,
         )
 
 
@@ -147,6 +98,7 @@ def run_cell(
     planned: PlannedCell, bench: Bench, on_step: Callable[[int], None]
 ) -> tuple[RunRecord, pd.DataFrame | None]:
     """Run one cell to its record, whatever happens on the way; and its per-example outcomes if it got that far."""
+    bench = dataclasses.replace(bench, protocol=planned.protocol)
     provenance = gather(bench.device, bench.protocol.precision, bench.command)
     found = _Findings()
     status: Status = "ok"
@@ -176,6 +128,7 @@ def run_cell(
         backbone=found.backbone,
         data={task.spec.name: task.source for task in bench.data},
         fingerprints={task.spec.name: task.fingerprint for task in bench.data},
+        routing=found.routing,
         outcomes=None,  # named by the store
         provenance=provenance,
     )
@@ -184,62 +137,70 @@ def run_cell(
 
 def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
     protocol = bench.protocol
+    if planned.refusal is not None:
+        raise Unsupported(planned.refusal)
     if planned.cell.method == "majority":
         found.parameters = _count(None, None, len(bench.tasks))
         found.evaluation = evaluate_majority(bench.tasks)
         return
     start = time.perf_counter()
-    trainer = _set_up(planned, bench, found)
+    model = _set_up(planned, bench, found)
+    trainer = make_trainer(model, model.attachment, protocol) if trains(planned.cell.method) else None
     found.setup_seconds = time.perf_counter() - start
 
-    found.ledger = Ledger([task.spec.name for task in bench.tasks])
     padding = bench.tokenizer.pad_token_id
-    seed = planned.cell.seed
-    batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
-    train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
+    if trainer is not None:
+        seed = planned.cell.seed
+        found.ledger = Ledger([task.spec.name for task in bench.tasks])
+        batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
+        train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
 
+    family = family_of(protocol)
     start = time.perf_counter()
     found.evaluation = evaluate_model(
-        trainer.model,
+        model,
         bench.tasks,
+        family,
         batch_size=protocol.eval_batch_size,
-        autocast=trainer.autocast,
+        autocast=protocol.precision == "bf16",
         pad_token_id=padding,
     )
     found.evaluate_seconds = time.perf_counter() - start
+    if protocol.evaluate_on == "reported":
+        found.routing = collect(model, bench.tasks, family, padding, autocast=protocol.precision == "bf16")
+    if not bench.timed or trainer is None:
+        return
     found.measurement = measure(
         trainer,
         [task.spec for task in bench.tasks],
         protocol.timing,
+        family,
         vocabulary=len(bench.tokenizer),
         segments="token_type_ids" in bench.tokenizer.model_input_names,
     )
 
 
-def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Trainer:
+def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Model:
     protocol, seed = bench.protocol, planned.cell.seed
-    encoder = load_encoder(bench.source, dropout=protocol.dropout)
-    found.backbone = describe(bench.source, encoder)
     specs = [task.spec for task in bench.tasks]
-    model = MultiTaskModel(encoder, specs, hidden=hidden_size(encoder), stream=(protocol.name, seed, "heads"))
-    attachment = None
+    model = family_of(protocol).load(bench.source, specs, protocol, seed, bench.tokenizer)
+    found.backbone = describe(bench.source, model.backbone)
     if planned.factory is not None:
         with torch_stream(protocol.name, seed, "adapters"):
-            attachment = _attach(encoder, planned.factory)
-        model.passes_task_ids = True
+            model.attachment = _attach(model.backbone, planned.factory)
     elif planned.cell.method == "full":
-        encoder.requires_grad_(True)
+        model.backbone.float().requires_grad_(True)  # in bf16, most steps of a small rate would round to nothing
     # Initialised on the CPU and then moved: the same values on every device.
     model.to(bench.device)
-    found.parameters = _count(model, attachment, len(specs))
-    return make_trainer(model, attachment, protocol)
+    found.parameters = _count(model, model.attachment, len(specs))
+    return model
 
 
 def _attach(encoder: torch.nn.Module, method: AdapterFactory | PeftBaseline) -> AnyAttachment:
     return method.attach(encoder) if isinstance(method, PeftBaseline) else moepeft.attach(encoder, method)
 
 
-def _count(model: MultiTaskModel | None, attachment: AnyAttachment | None, tasks: int) -> Parameters:
+def _count(model: Model | None, attachment: AnyAttachment | None, tasks: int) -> Parameters:
     heads = 0 if model is None else _numbers(model.heads.parameters())
     if attachment is not None:
         count = attachment.parameter_count()
@@ -252,7 +213,7 @@ def _count(model: MultiTaskModel | None, attachment: AnyAttachment | None, tasks
             sites=count.sites,
             tasks=tasks,
         )
-    encoder = [] if model is None else list(model.encoder.parameters())
+    encoder = [] if model is None else list(model.backbone.parameters())
     # Of full fine-tuning everything trains: it counts as the adapter, and as the base it is compared with.
     trained = _numbers(parameter for parameter in encoder if parameter.requires_grad)
     return Parameters(
@@ -274,13 +235,13 @@ def _numbers(parameters: Iterable[torch.nn.Parameter]) -> int:
 
 
 def budget_differences(records: Sequence[RunRecord]) -> list[str]:
-    """One line for every pair of finished cells that should have consumed the same and did not."""
+    """One line for every pair of finished cells that should have consumed the same, at any rate, and did not."""
     first: dict[str, RunRecord] = {}
     problems = []
     for record in records:
         if record.status != "ok" or record.budget is None:
             continue
-        key = json.dumps([record.cell.protocol, record.cell.seed], sort_keys=True)
+        key = json.dumps([without_rates(record.cell.protocol), record.cell.seed], sort_keys=True)
         other = first.setdefault(key, record)
         assert other.budget is not None
         mine, theirs = record.budget.model_dump(), other.budget.model_dump()

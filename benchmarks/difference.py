@@ -48,10 +48,16 @@ def _table(a: Group, b: Group) -> Table:
     for label in labels:
         old, new = _row(a, label), _row(b, label)
         changes = {task: _change(old, new, task) for task in tasks} | {"mean": _mean_change(old, new)}
-        lines.append({"method": label, **{name: _points(change) for name, change in changes.items()}})
-        facts.append({"method": label, **changes})
+        means = {"before": _mean(old), "after": _mean(new)}
+        cells = {name: _points(change) for name, change in changes.items()}
+        lines.append({"method": label, **cells, "mean before and after": " → ".join(map(_plain, means.values()))})
+        facts.append({"method": label, **changes, **means})
     notes = ["Change of the primary score, second set minus first, in points; n/a where one of them has none."]
     fields = sorted(set(a.protocol) | set(b.protocol))
+    for which, one, other in (("first", a, b), ("second", b, a)):
+        alone = [label for label in labels if one.row(label) is not None and other.row(label) is None]
+        if alone:
+            notes.append(f"Only in the {which} set: {', '.join(alone)}.")
     changed = [
         f"{field} {a.protocol.get(field)} -> {b.protocol.get(field)}" for field in fields if _differs(a, b, field)
     ]
@@ -81,6 +87,14 @@ def _mean_change(old: MethodScores | None, new: MethodScores | None) -> float | 
     if old is None or new is None or old.mean is None or new.mean is None or set(old.averaged) != set(new.averaged):
         return None
     return None if old.mean.mean is None or new.mean.mean is None else new.mean.mean - old.mean.mean
+
+
+def _mean(row: MethodScores | None) -> float | None:
+    return None if row is None or row.mean is None else row.mean.mean
+
+
+def _plain(score: float | None) -> str:
+    return NOT_AVAILABLE if score is None else f"{100 * score:z.1f}"
 
 
 def _points(change: float | None) -> str:

@@ -10,9 +10,9 @@ from statistics import fmean
 import pandas as pd
 import torch
 
-from benchmarks.data import TokenisedTask, collate
+from benchmarks.data import TokenisedTask
+from benchmarks.families import UNREADABLE, Family, Model
 from benchmarks.metrics import score
-from benchmarks.model import MultiTaskModel
 from benchmarks.records import Score
 
 
@@ -25,14 +25,19 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: MultiTaskModel,
+    model: Model,
     tasks: Sequence[TokenisedTask],
+    family: Family,
     *,
     batch_size: int,
     autocast: bool,
     pad_token_id: int,
 ) -> Evaluation:
-    """Score all tasks. Batches hold rows of one task, sorted by length: the same batches for every method."""
+    """Score all tasks. Batches hold rows of one task, sorted by length: the same batches for every method.
+
+    A generated answer that cannot be read counts as a wrong one, a score that cannot be read as the mean score of the
+    training rows; the note of the task's score says how many there were.
+    """
     model.eval()
     device = next(model.parameters()).device
     specs = [task.spec for task in tasks]
@@ -42,10 +47,10 @@ def evaluate_model(
         found = torch.empty(len(order), dtype=torch.float64)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([(position, task.validation[row]) for row in chosen], specs, pad_token_id).to(device)
+            rows = [(position, task.validation[row]) for row in chosen]
+            batch = family.scoring_batch(rows, specs, pad_token_id).to(device)
             with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                (logits,) = model(batch)
-            found[chosen] = model.predict(logits, batch.groups[0]).double().cpu()
+                found[chosen] = model.predict(batch).double().cpu()
         predictions.append(found.tolist())
     return _evaluation(tasks, predictions)
 
@@ -70,16 +75,20 @@ def evaluate_majority(tasks: Sequence[TokenisedTask]) -> Evaluation:
 
 def _evaluation(tasks: Sequence[TokenisedTask], predictions: Sequence[Sequence[float]]) -> Evaluation:
     scores, frames = {}, []
-    for task, found in zip(tasks, predictions, strict=True):
+    for task, answers in zip(tasks, predictions, strict=True):
         regression = task.spec.kind == "regression"
         labels = [row.label for row in task.validation]
+        found, remark = _readable(task, answers)
         result = (
             score(task.spec.metric, found, labels)
             if regression
             else score(task.spec.metric, list(map(int, found)), list(map(int, labels)))
         )
         scores[task.spec.name] = Score(
-            metrics=dict(result.values), primary=result.primary, rows=len(labels), note=result.note
+            metrics=dict(result.values),
+            primary=result.primary,
+            rows=len(labels),
+            note="; ".join(filter(None, (result.note, remark))) or None,
         )
         frames.append(
             pd.DataFrame(
@@ -96,3 +105,16 @@ def _evaluation(tasks: Sequence[TokenisedTask], predictions: Sequence[Sequence[f
             )
         )
     return Evaluation(scores, pd.concat(frames, ignore_index=True))
+
+
+def _readable(task: TokenisedTask, answers: Sequence[float]) -> tuple[list[float], str | None]:
+    """The answers with something wrong in place of those that could not be read, and how many these were."""
+    unread = [answer == UNREADABLE for answer in answers]
+    if not any(unread):
+        return list(answers), None
+    if task.spec.kind == "regression":
+        instead = [fmean(row.label for row in task.train)] * len(answers)
+    else:
+        instead = [float(row.label == 0) for row in task.validation]  # a class or a choice that is not the right one
+    found = [other if bad else answer for answer, other, bad in zip(answers, instead, unread, strict=True)]
+    return found, f"{sum(unread)} of {len(answers)} generated answers cannot be read"

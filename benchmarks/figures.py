@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from benchmarks.drawing import (
+    BASELINE_COLOUR,
+    LINES,
+    drawing,
+    figure_title,
+    legend_beside,
+    method_styles,
+    new_canvas,
+    svg_bytes,
+)
+from benchmarks.embedding_figures import draw_embeddings
 from benchmarks.groups import BASELINES, Group, MethodRuns
+from benchmarks.routing_figures import draw_routing
 from benchmarks.scores import MethodScores, ranked_scores
 from benchmarks.stats import average_ranks, friedman, nemenyi_distance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, told apart with any colour vision and, by the markers, in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LINES = ("solid", "dashed", "dashdot", "dotted")
-BASELINE_COLOUR = "#777777"
 MINIMUM_TASKS_FOR_RANKS = 5
-
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "moepeft",
-}
+LEAST_SPAN = 2.0
+"""Points that the axis of scores covers at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +54,28 @@ def draw_figures(group: Group, description: str = "") -> dict[str, bytes]:
         "critical-difference": _draw_critical_difference,
     }
     figures = {}
-    with mpl.rc_context():
-        mpl.rcdefaults()  # Bytes must not depend on a matplotlibrc in the user's home.
-        mpl.rcParams.update(cast(Any, STYLE))
+    with drawing():
         for name, draw in drawings.items():
-            canvas = Canvas(figsize=(7.2, 4.2), layout="constrained")
+            canvas = new_canvas()
             if draw(canvas, group):
-                figures[name] = _svg(canvas, description)
+                figures[name] = svg_bytes(canvas, description)
+        for runs in group.rows:
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "_", runs.label).strip("_")
+            for name, canvas in _routing_figures(runs):
+                figures[f"{name}-{stem}"] = svg_bytes(canvas, description)
     return figures
 
 
-def _svg(canvas: Canvas, description: str) -> bytes:
-    buffer = io.BytesIO()
-    # No date and no version: equal records give equal bytes.
-    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": description})
-    return buffer.getvalue()
+def _routing_figures(runs: MethodRuns) -> Iterator[tuple[str, Canvas]]:
+    """The figures of a method's first run that recorded its routing, by the start of their name."""
+    record = next((record for record in runs.finished if record.routing is not None), None)
+    if record is None or record.routing is None:
+        return
+    if record.routing.sites:
+        yield "routing", draw_routing(runs.label, record, record.routing)
+    embeddings = record.routing.embeddings
+    if embeddings is not None and len(record.routing.tasks) > 1:
+        yield "task-embeddings", draw_embeddings(runs.label, record, record.routing.tasks, embeddings)
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
@@ -114,7 +117,7 @@ def _draw_trade_off(canvas: Canvas, group: Group, cost_of: Callable[[MethodRuns]
     if not points:
         return False
     axes = canvas.add_subplot()
-    styles = _styles(group)
+    styles = method_styles(group)
     for row, cost, score in points:
         colour, marker, _ = styles[row.runs.label]
         axes.errorbar(
@@ -134,16 +137,25 @@ def _draw_trade_off(canvas: Canvas, group: Group, cost_of: Callable[[MethodRuns]
         [points[i][1].value for i in front], [points[i][2].value for i in front],
         where="post", color="#999999", linewidth=1, zorder=1, label="Pareto front",
     )  # fmt: skip
+    _widen(axes, LEAST_SPAN)
     _scale_costs(axes, [bound for _, cost, _ in points for bound in (cost.low, cost.high)])
-    axes.set(xlabel=label, ylabel=f"mean score over {_most_tasks(group)} tasks, points", title=_title(group))
-    _legend_beside(axes)
+    axes.set(xlabel=label, ylabel=f"mean score over {_most_tasks(group)} tasks, points", title=figure_title(group))
+    legend_beside(axes)
     return True
+
+
+def _widen(axes: Axes, least: float) -> None:
+    """A vertical axis that does not blow up differences of no account."""
+    low, high = axes.get_ylim()
+    if high - low < least:
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _scale_costs(axes: Axes, values: Sequence[float]) -> None:
     """A log axis with round numbers where costs span a decade, a linear one where they do not."""
     if max(values) < 10 * min(values):
         axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter("{x:,.10g}")
         return
     low, high = min(values) / 1.25, max(values) * 1.25
@@ -169,7 +181,7 @@ def _draw_curves(canvas: Canvas, group: Group) -> bool:
     if not curves:
         return False
     axes = canvas.add_subplot()
-    styles = _styles(group)
+    styles = method_styles(group)
     for runs, (steps, losses) in curves:
         colour, _, line = styles[runs.label]
         axes.plot(steps, losses.mean(axis=0), color=colour, linestyle=line, linewidth=1.6, label=runs.label)
@@ -177,8 +189,8 @@ def _draw_curves(canvas: Canvas, group: Group) -> bool:
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     seeds = max(len(losses) for _, (_, losses) in curves)
     band = f" (mean and range of {seeds} seeds)" if seeds > 1 else ""
-    axes.set(xlabel="training step", ylabel=f"task loss{band}", title=_title(group))
-    _legend_beside(axes)
+    axes.set(xlabel="training step", ylabel=f"task loss{band}", title=figure_title(group))
+    legend_beside(axes)
     return True
 
 
@@ -203,7 +215,7 @@ def _draw_critical_difference(canvas: Canvas, group: Group) -> bool:
     distance = nemenyi_distance(len(rows), len(tasks))
     canvas.set_size_inches(7.2, 1.7 + 0.3 * len(rows))
     axes = canvas.add_subplot()
-    styles = _styles(group)
+    styles = method_styles(group)
     order = np.argsort(ranks, kind="stable")
     for place, index in enumerate(order):
         colour, marker, _ = styles[rows[index].runs.label]
@@ -213,7 +225,7 @@ def _draw_critical_difference(canvas: Canvas, group: Group) -> bool:
     axes.set(
         xlabel=f"mean rank over {len(tasks)} tasks (1 is best); Friedman p {friedman(scores):.2g}\n"
         f"apart by more than the critical difference {distance:.1f} (Nemenyi, 5 %):\nbars that do not overlap",
-        title=_title(group),
+        title=figure_title(group),
     )
     return True
 
@@ -233,22 +245,3 @@ def _score(row: MethodScores) -> Interval:
 def _most_tasks(group: Group) -> int:
     """Means over fewer tasks do not compare, and are not drawn."""
     return max((len(row.averaged) for row in ranked_scores(group)), default=0)
-
-
-def _styles(group: Group) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of every method: the same in all figures of a group."""
-    methods = [runs.label for runs in group.rows if runs.method not in BASELINES]
-    styles = {
-        label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i // len(COLOURS) % len(LINES)])
-        for i, label in enumerate(methods)
-    }
-    baselines = [runs.label for runs in group.rows if runs.method in BASELINES]
-    return styles | {label: (BASELINE_COLOUR, ".", LINES[1 + i % 3]) for i, label in enumerate(baselines)}
-
-
-def _title(group: Group) -> str:
-    return group.label if len(group.label) <= 60 else f"{group.label[:57]}..."
-
-
-def _legend_beside(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

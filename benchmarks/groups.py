@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.records import RunRecord
+from benchmarks.records import Cell, RunRecord
 
-BASELINES = ("majority", "head")
+BASELINES = ("majority", "head", "bare")
 """Rows that adapt nothing; they open every table."""
 
 
@@ -59,7 +59,7 @@ class Group:
     Attributes:
         label: the protocol's name, with the differing fields where several protocols have that name.
         key: hash of the protocol.
-        protocol: its fields.
+        protocol: its fields, without a rate that was tuned method by method.
         rows: baselines first, then the methods by name.
     """
 
@@ -89,26 +89,42 @@ class Group:
 
 def group_records(records: Iterable[RunRecord]) -> list[Group]:
     """Split records into groups that may be compared, sorted by label."""
-    by_protocol = _split(records, lambda record: record.cell.protocol)
+    by_protocol = _split(records, lambda record: comparable(record.cell.protocol))
     names = [str(runs[0].cell.protocol.get("name", "unnamed")) for runs in by_protocol.values()]
-    protocols = [runs[0].cell.protocol for runs in by_protocol.values()]
+    protocols = [comparable(runs[0].cell.protocol) for runs in by_protocol.values()]
     labels = _labels(names, protocols)
     groups = [
-        Group(label, key, runs[0].cell.protocol, _method_rows(runs))
-        for label, (key, runs) in zip(labels, by_protocol.items(), strict=True)
+        Group(label, key, protocol, _method_rows(runs))
+        for label, protocol, (key, runs) in zip(labels, protocols, by_protocol.items(), strict=True)
     ]
     return sorted(groups, key=lambda group: (group.label, group.key))
 
 
+def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a protocol the runs of one table share: where rates were tuned, every method has its own."""
+    return without_rates(protocol) if "tuned" in protocol else dict(protocol)
+
+
+def without_rates(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a protocol does not concern the learning rates."""
+    return {field: value for field, value in protocol.items() if field not in ("learning_rate", "head_learning_rate")}
+
+
 def _method_rows(records: Sequence[RunRecord]) -> tuple[MethodRuns, ...]:
-    by_method = _split(records, lambda record: {"method": record.cell.method, "config": record.cell.config})
+    by_method = _split(records, lambda record: {"method": record.cell.method, "config": _settings(record.cell)})
     firsts = [runs[0].cell for runs in by_method.values()]
-    labels = _labels([cell.method for cell in firsts], [cell.config for cell in firsts])
+    labels = _labels([cell.method for cell in firsts], [_settings(cell) for cell in firsts])
     rows = [
         MethodRuns(label, tuple(sorted(runs, key=lambda record: record.cell.seed)))
         for label, runs in zip(labels, by_method.values(), strict=True)
     ]
     return tuple(sorted(rows, key=lambda row: (baseline_rank(row.method), row.label)))
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """What one method's runs share: its configuration, and its rates where they are its own."""
+    shared = comparable(cell.protocol)
+    return cell.config | {field: value for field, value in cell.protocol.items() if field not in shared}
 
 
 def baseline_rank(method: str) -> int:

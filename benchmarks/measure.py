@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.data import Batch, Row, collate
+from benchmarks.data import Batch
+from benchmarks.families import Family
 from benchmarks.protocol import TimingPlan
 from benchmarks.records import Memory, Quantiles
 from benchmarks.seeds import generator
@@ -19,24 +21,35 @@ from benchmarks.train import Trainer, synchronise
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_STAT = Path("/proc/stat")
+# The kernel counts in hundredths of a second: a shorter span says nothing.
+_SHORTEST_SPAN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Step times, tokens per timed step, and peak memory."""
+    """Step times, tokens per timed step, peak memory, and who had the processor meanwhile (`ProcessorShares`)."""
 
     train_step: Quantiles
     inference_step: Quantiles
     tokens: int
     memory: Memory
+    own_share: float | None = None
+    others_share: float | None = None
 
 
 def measure(
-    trainer: Trainer, specs: Sequence[TaskSpec], plan: TimingPlan, *, vocabulary: int, segments: bool
+    trainer: Trainer,
+    specs: Sequence[TaskSpec],
+    plan: TimingPlan,
+    family: Family,
+    *,
+    vocabulary: int,
+    segments: bool,
 ) -> Measurement:
     """Time training and inference steps. To be called last: the steps are real, if with a rate of zero."""
     device = next(trainer.model.parameters()).device
-    batch = timing_batch(specs, plan, vocabulary=vocabulary, segments=segments).to(device)
+    batch = timing_batch(specs, plan, family, vocabulary=vocabulary, segments=segments).to(device)
     for group in trainer.optimiser.param_groups:
         group["lr"] = group["initial_lr"] = 0.0
     trainer.schedule.base_lrs = [0.0] * len(trainer.optimiser.param_groups)
@@ -53,26 +66,25 @@ def measure(
 
     trainer.model.train()
     peak = PeakMemory(device)
+    shares = ProcessorShares(device)
     training = _time(train_step, plan, device, after_warmup=peak.reset)
     memory = peak.read()
     trainer.model.eval()
     inference = _time(inference_step, plan, device)
-    return Measurement(training, inference, batch.tokens, memory)
+    return Measurement(training, inference, batch.tokens, memory, *shares.read())
 
 
-def timing_batch(specs: Sequence[TaskSpec], plan: TimingPlan, *, vocabulary: int, segments: bool) -> Batch:
-    """Random tokens in a full rectangle, the tasks taking turns.
-
-    A multiple-choice row has a single choice here: only so do rows and sequences agree for every list of tasks.
-    Its loss is zero, its cost is that of any other sequence.
-    """
+def timing_batch(
+    specs: Sequence[TaskSpec], plan: TimingPlan, family: Family, *, vocabulary: int, segments: bool
+) -> Batch:
+    """Random tokens in a full rectangle, the tasks taking turns; each row has one answer at most."""
     rng = generator("timing")
     rows = []
     for position in range(plan.rows):
         task = position % len(specs)
         ids = tuple(map(int, rng.integers(vocabulary // 2, vocabulary, size=plan.length)))
-        rows.append((task, Row((ids,), ((0,) * plan.length,) if segments else None, 0.0, position)))
-    return collate(rows, specs, pad_token_id=0)
+        rows.append((task, family.timing_row(ids, segments=segments)))
+    return family.training_batch(rows, specs, 0)
 
 
 def _time(
@@ -123,3 +135,40 @@ class PeakMemory:
                 if line.startswith("VmHWM:"):
                     return Memory(peak_bytes=int(line.split()[1]) * 1024, kind="process resident set")
         return Memory(peak_bytes=None, kind="not available")
+
+
+class ProcessorShares:
+    """Since it was made: how much of its threads' time this process ran, and how much of its cores others took."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cpu = device.type == "cpu"
+        self._start = time.perf_counter(), time.process_time(), busy_seconds()
+
+    def read(self) -> tuple[float | None, float | None]:
+        """Own share of wall time x threads, others' share of wall time x cores; None where it is not known.
+
+        Time that another guest of the same host took from a virtual machine counts as the others'.
+        """
+        wall, own = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        if not self._on_cpu or wall < _SHORTEST_SPAN:
+            return None, None
+        busy, before = busy_seconds(), self._start[2]
+        others = None
+        if busy is not None and before is not None:
+            others = round(min(1.0, max(0.0, (busy - before - own) / (wall * len(os.sched_getaffinity(0))))), 4)
+        return round(own / (wall * torch.get_num_threads()), 4), others
+
+
+def busy_seconds() -> float | None:
+    """Seconds since boot that the cores of this process were not idle; None where the system does not tell."""
+    if not _STAT.is_file() or not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in _STAT.read_text(encoding="ascii").splitlines():
+        name, *fields = line.split()
+        if name in cores:
+            # proc(5): user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
+            user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -26,6 +26,8 @@ PROTOCOL_FOLDER = Path(__file__).parent / "protocols"
 NUMERICS_VERSION = 2
 
 Precision = Literal["auto", "fp32", "bf16"]
+Family = Literal["encoder", "seq2seq", "causal"]
+Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
 
 
 class UsageError(ValueError):
@@ -51,6 +53,17 @@ class Protocol(_Frozen):
     name: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
     backbone: str = Field(default="minilm", min_length=1)
+    family: Family = Field(
+        default="encoder",
+        description="encoder: pooled states and a head per task; seq2seq and causal: answers as text, no heads",
+    )
+    scoring: Scoring = Field(
+        default="likelihood",
+        description="of text answers: log-probability of every candidate, in all or per token, or greedy decoding",
+    )
+    base_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of the frozen weights; adapters train in single precision"
+    )
 
     steps: PositiveInt
     batch_size: PositiveInt = Field(default=32, description="rows per step; a multiple-choice row counts once")
@@ -81,16 +94,47 @@ class Protocol(_Frozen):
     precision: Precision = "auto"
 
     reference: str | None = Field(default=None, description="method that speed and scores are compared with")
+    equivalence_band: PositiveFloat = Field(
+        default=0.5, description="points of the mean score; a difference that lies within counts as none"
+    )
+    track: Literal["as-published", "matched"] = Field(
+        default="as-published",
+        description="matched: ranks are chosen so that all methods have about as many parameters",
+    )
+    target_parameters: PositiveInt | None = Field(
+        default=None, description="trainable adapter numbers of the matched track; None: as many as the reference has"
+    )
+    tuning_rates: tuple[PositiveFloat, ...] = Field(
+        default=(), description="learning rates that every method tries on the fold; empty: `learning_rate` for all"
+    )
+    tuning_seed: Annotated[int, Field(ge=0)] = Field(default=1000, description="of the trials; never a reported seed")
+    tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
     log_every: PositiveInt = 10
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     timing: TimingPlan = TimingPlan()
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:
-        for field, values in (("tasks", self.tasks), ("seeds", self.seeds)):
+        for field, values in (("tasks", self.tasks), ("seeds", self.seeds), ("tuning_rates", self.tuning_rates)):
             twice = sorted({str(value) for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{field} lists {', '.join(twice)} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_apart_from_what_is_reported(self) -> Self:
+        if self.tuning_rates and self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds; give another one")
+        if self.tuning_rates and self.evaluate_on == "fold":
+            raise ValueError("tuning scores its trials on the fold: with evaluate_on = fold nothing is left to report")
+        return self
+
+    @model_validator(mode="after")
+    def _matched_to_something(self) -> Self:
+        if self.track == "matched" and self.target_parameters is None and self.reference is None:
+            raise ValueError("track = matched needs target_parameters, or a reference method whose size is the target")
+        if self.track != "matched" and self.target_parameters is not None:
+            raise ValueError("target_parameters is for track = matched")
         return self
 
     @property
@@ -104,8 +148,13 @@ class Protocol(_Frozen):
         return _validate({**self.model_dump(), **changes}, f"protocol {self.name}")
 
     def identity(self) -> dict[str, Any]:
-        """What of the protocol decides a result. The list of seeds does not: every cell has a seed of its own."""
-        return {**self.model_dump(mode="json", exclude={"seeds"}), "numerics_version": NUMERICS_VERSION}
+        """What of the protocol decides a result.
+
+        The list of seeds does not: every cell has a seed of its own. How a rate was tuned enters with the cells that
+        have a tuned rate (`benchmarks.tuning`); its trials are cells like all others.
+        """
+        apart = {"seeds", "tuning_rates", "tuning_seed", "tuning_steps"}
+        return {**self.model_dump(mode="json", exclude=apart), "numerics_version": NUMERICS_VERSION}
 
 
 def available_suites() -> tuple[str, ...]:

@@ -21,6 +21,18 @@ def updated_readme(path: Path, sections: Sequence[tuple[Path, str, Collection[st
         path: the README.
         sections: by results folder its Markdown and the names of its files, of which the figures are linked.
     """
+    before, _, after = _parts(path)
+    blocks = [_section(path, root, markdown, files) for root, markdown, files in sections]
+    return f"{before}{BEGIN}\n\n" + "\n".join(blocks) + f"\n{END}{after}"
+
+
+def shown_folders(path: Path) -> tuple[str, ...]:
+    """The results folders whose sections stand in the block of `path`, e.g. ``results/quick``."""
+    return tuple(re.findall(r"^### (\S+)$", _parts(path)[1], flags=re.MULTILINE))
+
+
+def _parts(path: Path) -> tuple[str, str, str]:
+    """What stands before, between and after the markers."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -28,9 +40,8 @@ def updated_readme(path: Path, sections: Sequence[tuple[Path, str, Collection[st
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ReadmeError(f"{path} needs the lines {BEGIN} and {END}, once each and in this order, around its results")
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    blocks = [_section(path, root, markdown, files) for root, markdown, files in sections]
-    return f"{before}{BEGIN}\n\n" + "\n".join(blocks) + f"\n{END}{after}"
+    block, after = rest.split(END)
+    return before, block, after
 
 
 def _section(path: Path, root: Path, markdown: str, files: Collection[str]) -> str:

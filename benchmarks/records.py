@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Status = Literal["ok", "diverged", "oom", "timeout", "unsupported", "error", "interrupted"]
 
@@ -94,6 +94,12 @@ class Timing(_Strict):
     inference_step: Quantiles | None = None
     train_tokens_per_second: float | None = Field(None, description="tokens without padding, from `train_step`")
     inference_tokens_per_second: float | None = None
+    own_share: float | None = Field(
+        None, description="processor time of the timing pass over wall time x threads; None on an accelerator"
+    )
+    others_share: float | None = Field(
+        None, description="of the cores this process may use, the share that others took during the timing pass"
+    )
 
 
 class Memory(_Strict):
@@ -110,6 +116,42 @@ class CurvePoint(_Strict):
     losses: dict[str, float]
     learning_rate: float
     gradient_norm: float
+
+
+class SiteRouting(_Strict):
+    """Which experts one adapted layer used for which task: lists by task, in the order of `Routing.tasks`."""
+
+    site: str
+    role: str
+    layer: int | None
+    weights: list[list[float]] = Field(description="mean weight of every expert")
+    shares: list[list[float]] = Field(description="share of the choices that fell on every expert; 0: never chosen")
+    entropy: list[float] = Field(description="mean entropy of a single choice's weights, in nats")
+
+
+class EmbeddingMap(_Strict):
+    """The task embeddings of one site on the plane of their first two principal components."""
+
+    site: str
+    points: list[list[float]] = Field(description="two coordinates per task")
+    explained: list[float] = Field(description="share of the variance along each of the two")
+
+
+class TaskEmbeddings(_Strict):
+    """What training made of the tasks' embeddings."""
+
+    cosine: list[list[float]] = Field(description="cosine between tasks, mean over sites")
+    maps: list[EmbeddingMap] = Field(description="of the first, the middle and the last site")
+
+
+class Routing(_Strict):
+    """How a trained method routes the first evaluation rows of every task; numbers to four significant digits."""
+
+    tasks: list[str]
+    rows: dict[str, int] = Field(description="rows looked at, by task")
+    batch_rows: int = Field(description="rows per forward pass")
+    sites: list[SiteRouting] = Field(description="sites that record no weights of experts are left out")
+    embeddings: TaskEmbeddings | None = None
 
 
 class Provenance(_Strict):
@@ -131,7 +173,7 @@ class Provenance(_Strict):
 class RunRecord(_Strict):
     """Everything known of one cell. `status` other than ``ok`` keeps what there was and says why in `reason`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     cell: Cell
     status: Status
     reason: str | None = None
@@ -145,5 +187,6 @@ class RunRecord(_Strict):
     backbone: str | None = Field(None, description="one line: model, parameters, revision, what it was trained on")
     data: dict[str, str] = Field(default_factory=dict, description="task name -> source line")
     fingerprints: dict[str, str] = Field(default_factory=dict, description="task name -> SHA-256 of its rows")
+    routing: Routing | None = Field(None, description="None for what has no experts")
     outcomes: str | None = Field(None, description="file name of the per-example outcomes (parquet)")
     provenance: Provenance

@@ -6,66 +6,30 @@ A finished cell (method x seed) is never computed again; a failing one becomes a
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 # Everything heavy is imported where it is needed: `--help` and wrong flags answer at once.
 import tyro
 from rich.console import Console
 
-from benchmarks.protocol import Protocol, UsageError, load_protocol
+from benchmarks.options import Options, parse_shard, resolve_device, resolve_precision, resolve_protocol
+from benchmarks.protocol import Protocol, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.cells import Bench, PlannedCell
+    from benchmarks.backbones import BackboneSource
+    from benchmarks.cells import Bench
+    from benchmarks.planning import Method, PlannedCell
     from benchmarks.records import RunRecord
     from benchmarks.store import Store
+    from benchmarks.tasks.base import TaskData
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Options:
-    """Train methods under one protocol and write tables of parameters, scores and speed."""
-
-    methods: str = "all"
-    """Comma-separated methods, each with or without @preset; `all` registered ones; also `full` fine-tuning.
-    The rows `majority` and `head` are always there."""
-    suite: str = "quick"
-    """quick, glue, commonsense, or the path of a protocol in TOML."""
-    tasks: str | None = None
-    """Comma-separated tasks instead of the suite's own."""
-    data_dir: Path | None = None
-    """Folder with the real data as parquet files; without it they come from the hub."""
-    backbone: str | None = None
-    """minilm, deberta-v3-base, tiny-bert, a hub id (with or without @revision) or a local folder."""
-    results: Path | None = None
-    """Folder for records and tables; default: results/<suite>."""
-    seeds: str | None = None
-    """Comma-separated seeds, e.g. 0,1,2."""
-    steps: int | None = None
-    """Optimiser steps."""
-    batch_size: int | None = None
-    """Rows per step."""
-    learning_rate: float | None = None
-    """Peak learning rate."""
-    eval_rows: int | None = None
-    """Score at most this many rows per task, a seeded subset that is the same for all methods."""
-    evaluate_on: Literal["reported", "fold"] | None = None
-    """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; no part of a cell's identity."""
-    precision: Literal["auto", "fp32", "bf16"] | None = None
-    """bf16 is autocast; auto takes it where the hardware computes it natively."""
-    rerun: Literal["missing", "failed", "all"] = "missing"
-    """Which cells to run: those without a finished record, also failed ones, or all."""
-    plan: bool = False
-    """Print the cells and which are done, then stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,110 +65,134 @@ def _told_in_one_line() -> Iterator[None]:
 def _main(options: Options, console: Console, command: str) -> int:
     protocol = resolve_protocol(options)
     with _told_in_one_line():
-        return _run(options, protocol, console, command)
+        return _run(_resolve(options, protocol, console, command))
 
 
-def _run(options: Options, protocol: Protocol, console: Console, command: str) -> int:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Everything that one command resolves to.
+
+    Attributes:
+        options: the flags.
+        protocol: with backbone, precision and target size resolved.
+        methods: factories by name, in the size they are to have.
+        refusals: by name, why a method cannot be run as asked.
+        data: the tasks' rows.
+        source: of the backbone.
+        device: where to run.
+        store: of the reported cells.
+        console: for messages.
+        command: as it was typed.
+    """
+
+    options: Options
+    protocol: Protocol
+    methods: dict[str, Method]
+    refusals: dict[str, str]
+    data: tuple[TaskData, ...]
+    source: BackboneSource
+    device: torch.device
+    store: Store
+    console: Console
+    command: str
+
+
+def _resolve(options: Options, protocol: Protocol, console: Console, command: str) -> _Run:
     from benchmarks.backbones import find_backbone
-    from benchmarks.cells import expand, parse_methods
+    from benchmarks.families import family_of
+    from benchmarks.planning import parse_methods
     from benchmarks.store import Store
     from benchmarks.tasks import load_task
 
     source = find_backbone(protocol.backbone)
-    methods = parse_methods(options.methods, num_tasks=len(protocol.tasks))
+    methods = parse_methods(options.methods, num_tasks=len(protocol.tasks), has_heads=family_of(protocol).has_heads)
+    refusals: dict[str, str] = {}
     device = resolve_device(options.device)
     protocol = protocol.with_overrides(
         backbone=source.identity, precision=resolve_precision(protocol.precision, device)
     )
+    if protocol.track == "matched":
+        from benchmarks.matching import matched_methods
+
+        protocol, methods, refusals = matched_methods(protocol, methods, source)
     data = tuple(load_task(name, data_dir=options.data_dir) for name in protocol.tasks)
-    cells = expand(protocol, methods, data)
     store = Store(options.results or Path("results") / protocol.name)
-    waiting = [planned for planned in cells if _is_due(store.find(planned.cell), options.rerun)]
-    if options.plan:
-        _print_plan(cells, waiting, store, console)
+    return _Run(options, protocol, methods, refusals, data, source, device, store, console, command)
+
+
+def _run(run: _Run) -> int:
+    """Trials first, if rates are tuned, then the reported cells, then the tables."""
+    from benchmarks.planning import expand
+    from benchmarks.trials import trial_store
+    from benchmarks.tuning import chosen_rates, trial_cells, tuned_cells
+
+    if not run.protocol.tuning_rates:
+        return _report_on(run, expand(run.protocol, run.methods, run.data, refusals=run.refusals), [])
+
+    trials = trial_cells(run.protocol, run.methods, run.data, run.refusals)
+    store = trial_store(run.store.root)
+    # A trial that was made is made, whatever else is to be run again: its score is what the rate was chosen by.
+    part = _part_of(run, trials, store, "failed" if run.options.rerun == "failed" else "missing")
+    if run.options.plan:
+        _print_plan(part, run, "trials")
+    elif not _run_all(part, run):
+        return EXIT_INTERRUPTED
+    rates = chosen_rates(trials, store)
+    waiting = {planned.cell.method for planned in trials} - set(rates)
+    decided = {name: factory for name, factory in run.methods.items() if name not in waiting}
+    return _report_on(run, tuned_cells(run.protocol, decided, run.data, rates, run.refusals), sorted(waiting))
+
+
+def _report_on(run: _Run, cells: Sequence[PlannedCell], undecided: Sequence[str]) -> int:
+    """Run the reported cells and write the tables; `undecided` are the methods whose trials are not all there."""
+    part = _part_of(run, cells, run.store, run.options.rerun)
+    if run.options.plan:
+        _print_plan(part, run, "cells")
+        for name in undecided:
+            run.console.print(
+                f"{name}: seeds {', '.join(map(str, run.protocol.seeds))} after its trials, at the best rate"
+            )
         return EXIT_OK
-
-    if waiting:
-        bench = _prepare(protocol, data, source, device, command)
-        if not _run_all(waiting, bench, store, console):
-            return EXIT_INTERRUPTED
-    return _conclude(cells, len(waiting), store, console)
-
-
-# ---------------------------------------------------------------------- flags
-
-
-def resolve_protocol(options: Options) -> Protocol:
-    """The suite's protocol with the overrides of the command line; raises `UsageError` in one line."""
-    protocol = load_protocol(options.suite)
-    if options.data_dir is not None and not options.data_dir.is_dir():
-        raise UsageError(f"--data-dir {options.data_dir}: no such folder")
-    if not any(name.strip() for name in options.methods.split(",")):
-        raise UsageError(f"--methods {options.methods!r} names no method; leave it out to run all")
-    return protocol.with_overrides(
-        tasks=_task_names(options.tasks) if options.tasks is not None else protocol_tasks(protocol),
-        seeds=_seeds(options.seeds),
-        backbone=options.backbone,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        eval_rows=options.eval_rows,
-        evaluate_on=options.evaluate_on,
-        precision=options.precision,
-    )
-
-
-def protocol_tasks(protocol: Protocol) -> tuple[str, ...]:
-    """The tasks of a protocol, checked to exist."""
-    return _known_tasks(protocol.tasks)
-
-
-def _task_names(text: str) -> tuple[str, ...]:
-    return _known_tasks(tuple(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
-    from benchmarks.tasks import TASKS
-    from moepeft.errors import did_you_mean
-
-    for name in names:
-        if name not in TASKS:
-            raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
-    # One order for all ways of writing the same list: the order is part of what a result depends on.
-    return tuple(sorted(names, key=list(TASKS).index))
-
-
-def _seeds(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() for word in words):
-        raise UsageError(f"--seeds {text!r}: give whole numbers from 0 on, separated by commas, e.g. 0,1,2")
-    return tuple(map(int, words))
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device to run on; `auto` takes the accelerator if there is one."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; leave the flag out to run on the CPU")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` takes bf16 where it is native, and fp32 where it would be emulated."""
-    if name != "auto":
-        return name
-    import torch
-
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    if not _run_all(part, run):
+        return EXIT_INTERRUPTED
+    complete = not undecided and all(run.store.find(planned.cell) for planned in cells)
+    return _conclude(part, run, complete=complete)
 
 
 # ---------------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The cells of one store, and which of them are this command's to run.
+
+    Attributes:
+        store: where their records are.
+        cells: all of them.
+        shards: the shard of each.
+        mine: those of this command's shard.
+        due: those of `mine` that it will run.
+    """
+
+    store: Store
+    cells: tuple[PlannedCell, ...]
+    shards: tuple[int, ...]
+    mine: tuple[PlannedCell, ...]
+    due: tuple[PlannedCell, ...]
+
+
+def _part_of(run: _Run, cells: Sequence[PlannedCell], store: Store, rerun: str) -> _Part:
+    """Deal the cells to the shards: all of them, not those that are due, as shards may start at different times.
+
+    Where rates are tuned whole methods are dealt: a shard then needs no other one's trials to choose a rate.
+    """
+    number, shards = parse_shard(run.options.shard)
+    order = list(run.methods)
+    tuned = bool(run.protocol.tuning_rates)
+    dealt = tuple((order.index(one.cell.method) if tuned else at) % shards for at, one in enumerate(cells))
+    mine = tuple(planned for planned, shard in zip(cells, dealt, strict=True) if shard == number)
+    due = tuple(planned for planned in mine if _is_due(store.find(planned.cell), rerun))
+    return _Part(store, tuple(cells), dealt, mine, due)
 
 
 def _is_due(record: RunRecord | None, rerun: str) -> bool:
@@ -213,17 +201,30 @@ def _is_due(record: RunRecord | None, rerun: str) -> bool:
     return rerun == "failed" and record.status != "ok"
 
 
-def _print_plan(cells: Sequence[PlannedCell], waiting: Sequence[PlannedCell], store: Store, console: Console) -> None:
-    due = {planned.cell.id for planned in waiting}
-    for planned in cells:
-        record = store.find(planned.cell)
-        state = "missing" if record is None else record.status
-        note = ", will run" if planned.cell.id in due else ""
-        console.print(f"{planned.cell.id}  {planned.cell.method}  seed {planned.cell.seed}  {state}{note}")
-    console.print(f"{len(waiting)} of {len(cells)} cells to run, records in {store.root / 'records'}")
+def _print_plan(part: _Part, run: _Run, what: str) -> None:
+    due = {planned.cell.id for planned in part.due}
+    for planned, shard in zip(part.cells, part.shards, strict=True):
+        record = part.store.find(planned.cell)
+        notes: list[str] = ["missing" if record is None else record.status]
+        notes += [f"shard {shard}"] if run.options.shard else []
+        notes += ["will run"] if planned.cell.id in due else []
+        run.console.print(f"{planned.cell.id}  {planned.name}  seed {planned.cell.seed}  {', '.join(notes)}")
+    of = f" (shard {run.options.shard})" if run.options.shard else ""
+    run.console.print(f"{len(part.due)} of {len(part.cells)} {what} to run{of}, records in {part.store.records_folder}")
 
 
-def _prepare(protocol: Protocol, data: Any, source: Any, device: torch.device, command: str) -> Bench:
+def _run_all(part: _Part, run: _Run) -> bool:
+    """Run what is due of a part; False if the user stopped it."""
+    if not part.due:
+        return True
+    from benchmarks.jobs import run_cells
+
+    bench = _prepare(run, part.due[0].protocol)
+    return run_cells(part.due, bench, part.store, run.console, run.options.jobs)
+
+
+def _prepare(run: _Run, protocol: Protocol) -> Bench:
+    """What all these cells share: they differ in learning rates, not in rows."""
     import transformers
 
     from benchmarks.backbones import load_tokenizer
@@ -233,58 +234,30 @@ def _prepare(protocol: Protocol, data: Any, source: Any, device: torch.device, c
 
     transformers.utils.logging.disable_progress_bar()
     code_state()  # now: the state of the code that runs, and before tokenisers have started threads
-    tokenizer = load_tokenizer(source)
-    tasks = tuple(tokenise_task(task, tokenizer, protocol) for task in data)
-    return Bench(protocol, data, tasks, tokenizer, source, device, command)
+    tokenizer = load_tokenizer(run.source)
+    tasks = tuple(tokenise_task(task, tokenizer, protocol) for task in run.data)
+    # Nobody looks at the speed of a trial.
+    trials = bool(run.protocol.tuning_rates) and protocol.evaluate_on == "fold"
+    return Bench(protocol, run.data, tasks, tokenizer, run.source, run.device, run.command, timed=not trials)
 
 
-def _run_all(waiting: Sequence[PlannedCell], bench: Bench, store: Store, console: Console) -> bool:
-    """Run cell after cell; False if the user stopped it."""
-    from benchmarks.cells import run_cell
-
-    for number, planned in enumerate(waiting, start=1):
-        title = f"[{number}/{len(waiting)}] {planned.cell.method} seed {planned.cell.seed}"
-        start = time.perf_counter()
-        with _progress(title, bench.protocol.steps, console) as on_step:
-            record, outcomes = run_cell(planned, bench, on_step)
-        store.put(record, outcomes)
-        ending = record.status if record.reason is None else f"{record.status}: {record.reason}"
-        console.print(f"{title}: {ending} ({time.perf_counter() - start:.1f} s)")
-        if record.status == "interrupted":
-            return False
-    return True
-
-
-@contextmanager
-def _progress(title: str, steps: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; nothing where output goes to a file, which gets one line per finished cell."""
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=steps)
-        yield lambda step: bar.update(task, completed=step)
-
-
-def _conclude(cells: Sequence[PlannedCell], ran: int, store: Store, console: Console) -> int:
+def _conclude(part: _Part, run: _Run, *, complete: bool) -> int:
     """Print the tables, verify the budgets, choose the exit code."""
     from benchmarks.cells import budget_differences
     from benchmarks.report import write_report
+    from benchmarks.trials import trial_store
 
-    console.print(write_report(store.root))
-    console.print(f"{ran} of {len(cells)} cells were run, {len(cells) - ran} were there already; {store.root}")
-    problems = budget_differences(store.all())
+    store, console = run.store, run.console
+    if complete:
+        console.print(write_report(store.root))
+    ran = len(part.due)
+    console.print(f"{ran} of {len(part.mine)} cells were run, {len(part.mine) - ran} were there already; {store.root}")
+    if not complete:
+        console.print("cells of other shards are missing: the shard that ends last writes the tables")
+    problems = budget_differences([*store.all(), *trial_store(store.root).all()])
     for problem in problems:
         console.print(f"error: {problem}; run these cells again with --rerun all")
-    failed = [record for record in (store.find(planned.cell) for planned in cells) if record and record.status != "ok"]
+    failed = [one for one in (store.find(planned.cell) for planned in part.mine) if one and one.status != "ok"]
     for record in failed:
         console.print(f"{record.cell.method} seed {record.cell.seed}: {record.status}: {record.reason}")
     if failed:

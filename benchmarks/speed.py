@@ -120,8 +120,8 @@ def _main(options: Options, command: str) -> int:
     import torch
     import transformers
 
+    from benchmarks.options import resolve_device
     from benchmarks.provenance import gather
-    from benchmarks.run import resolve_device
     from benchmarks.timing.hosts import build_host
     from benchmarks.timing.settings import resolve
 

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -26,8 +26,19 @@ from benchmarks.records import SCHEMA_VERSION, Cell, RunRecord
 
 OUTCOME_COLUMNS = ("task", "index", "label", "prediction", "correct")
 
+Read = TypeVar("Read")
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
-MIGRATIONS: dict[int, Migration] = {}
+
+
+def _without_routing(data: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew nothing of routing, nor of other processes during the timing pass: not measured, so None."""
+    timing = data.get("timing")
+    if isinstance(timing, dict):
+        timing = {**timing, "own_share": None, "others_share": None}
+    return {**data, "schema_version": 2, "routing": None, "timing": timing}
+
+
+MIGRATIONS: dict[int, Migration] = {1: _without_routing}
 """For every former schema version, the function that turns a record of it into one of the next version."""
 
 
@@ -50,7 +61,7 @@ class Store:
     def find(self, cell: Cell) -> RunRecord | None:
         """The record of `cell`, None when there is none; an unreadable file is an error, not a gap."""
         path = self._locate(cell)
-        return None if path is None else read_record(path)
+        return None if path is None else _if_there(read_record, path)
 
     def put(self, record: RunRecord, outcomes: pd.DataFrame | None = None) -> RunRecord:
         """Write one cell, in place of an earlier record of it.
@@ -65,7 +76,7 @@ class Store:
         cell = record.cell
         table = self.outcomes_folder / f"{cell.id}.parquet"
         written = record.model_copy(update={"outcomes": None if outcomes is None else table.name})
-        text = written.model_dump_json(indent=2) + "\n"
+        text = _one_line_per_vector(written.model_dump_json(indent=2)) + "\n"
         # Python objects that JSON cannot hold (an infinite hyper-parameter) would come back as another cell.
         if RunRecord.model_validate_json(text).cell.id != cell.id:
             raise RecordError(
@@ -87,8 +98,8 @@ class Store:
 
     def all(self) -> list[RunRecord]:
         """Every record, sorted by protocol name, method and seed."""
-        records = [read_record(path) for path in sorted(self.records_folder.glob("*.json"))]
-        return sorted(records, key=_order)
+        records = (_if_there(read_record, path) for path in sorted(self.records_folder.glob("*.json")))
+        return sorted((record for record in records if record is not None), key=_order)
 
     def outcomes(self, record: RunRecord) -> pd.DataFrame:
         """The per-example outcomes of `record`."""
@@ -116,7 +127,8 @@ class Store:
             return path
         # A record of a former schema keeps the name it was given: its migrated content decides.
         for other in sorted(self.records_folder.glob(f"{_stem(cell)}-*.json")):
-            if _version(other, _read_json(other)) < SCHEMA_VERSION and read_record(other).cell == cell:
+            data = _if_there(_read_json, other)
+            if data is not None and _version(other, data) < SCHEMA_VERSION and read_record(other).cell == cell:
                 return other
         return None
 
@@ -142,6 +154,16 @@ def read_record(path: Path) -> RunRecord:
     return record
 
 
+def _if_there(read: Callable[[Path], Read], path: Path) -> Read | None:
+    """What is read; None if another run has just taken the file away to write the cell anew: it is not done then."""
+    try:
+        return read(path)
+    except RecordError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
@@ -162,6 +184,16 @@ def _version(path: Path, data: dict[str, Any]) -> int:
             "it was written by a newer version of the project. Update the project."
         )
     return version
+
+
+def _one_line_per_vector(text: str) -> str:
+    """Indented JSON with its lists of numbers on one line each: a record with routing shrinks to a fifth."""
+
+    def joined(match: re.Match[str]) -> str:
+        return f"[{', '.join(match[1].split())}]".replace(",,", ",")
+
+    # A line break cannot stand in a JSON string: this matches lists only.
+    return re.sub(r"\[\n\s+((?:-?[0-9][0-9.eE+-]*,?\s+)+)\]", joined, text)
 
 
 def _way_out(path: Path) -> str:

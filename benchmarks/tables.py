@@ -18,6 +18,11 @@ __all__ = ["parameters_table", "scores_table", "throughput_table"]
 MEBIBYTE = 2**20
 PHASES = ("train", "inference")
 
+TOLERATED_SHARE = 0.05
+"""What other processes may take of the processor during a timing pass without a mark."""
+
+DISTURBED = "†"
+
 
 class InconsistentRecordsError(ValueError):
     """Runs that should agree (parameter counts of one configuration) do not."""
@@ -93,7 +98,11 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
         f"Throughput and memory ({group.label})",
         _filled(lines or [{"method": "none timed"}], NOT_AVAILABLE),
         pd.DataFrame(facts or [{"method": "none timed"}]),
-        (*_timing_notes(group), *([f"Without a timing pass: {', '.join(untimed)}."] if untimed else [])),
+        (
+            *_timing_notes(group),
+            *_disturbance_notes(facts),
+            *([f"Without a timing pass: {', '.join(untimed)}."] if untimed else []),
+        ),
     )
 
 
@@ -122,6 +131,9 @@ def _timing_facts(records: Sequence[RunRecord]) -> dict[str, Any]:
             [getattr(timing, f"{phase}_tokens_per_second") for timing in timings]
         )
     facts["peak_bytes"] = _median([memory.peak_bytes for memory in memories])
+    facts["own_share"] = _median([timing.own_share for timing in timings])
+    # Of several seeds the most disturbed one: its times are among those shown.
+    facts["others_share"] = max((t.others_share for t in timings if t.others_share is not None), default=None)
     facts["train_seconds"] = _median([timing.train_seconds for timing in timings])
     return facts
 
@@ -148,7 +160,7 @@ def _timing_cells(facts: dict[str, Any]) -> dict[str, str]:
         return NOT_AVAILABLE if facts[key] is None else f"{scale * facts[key]:,.{digits}f}"
 
     cells = {
-        "train step ms [p10-p90]": step("train"),
+        "train step ms [p10-p90]": step("train") + (f" {DISTURBED}" if _is_disturbed(facts) else ""),
         "train tokens/s": number("train_tokens_per_second", 1, 0),
         "inference ms [p10-p90]": step("inference"),
         "inference tokens/s": number("inference_tokens_per_second", 1, 0),
@@ -159,6 +171,22 @@ def _timing_cells(facts: dict[str, Any]) -> dict[str, str]:
         "peak memory MiB": number("peak_bytes", 1 / MEBIBYTE, 0),
         "training s": number("train_seconds", 1, 1),
     }
+
+
+def _is_disturbed(facts: dict[str, Any]) -> bool:
+    share = facts.get("others_share")
+    return share is not None and share > TOLERATED_SHARE
+
+
+def _disturbance_notes(facts: Sequence[dict[str, Any]]) -> list[str]:
+    disturbed = [f"{fact['method']} {100 * fact['others_share']:.0f} %" for fact in facts if _is_disturbed(fact)]
+    if not disturbed:
+        return []
+    note = (
+        f"{DISTURBED} During the timing pass other processes took processor time from this one's cores: "
+        f"{', '.join(disturbed)}. Read these times as rough."
+    )
+    return [note]
 
 
 def _timing_notes(group: Group) -> tuple[str, ...]:

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Batch, Ledger, TokenisedTask, collate, sorted_within_windows, training_order
-from benchmarks.model import MultiTaskModel
+from benchmarks.data import Batch, Ledger, TokenisedTask
+from benchmarks.families import AnyAttachment, Model, family_of
+from benchmarks.order import sorted_within_windows, training_order
 from benchmarks.protocol import Protocol
 from benchmarks.records import Budget, CurvePoint
 from benchmarks.seeds import stream
-from moepeft import Attachment
-from moepeft.bridges.peft_baselines import PeftAttachment
-
-AnyAttachment = Attachment | PeftAttachment
 
 
 class Diverged(RuntimeError):
@@ -39,7 +36,7 @@ class Trainer:
     """Model, optimiser and schedule of one cell.
 
     Attributes:
-        model: backbone and heads.
+        model: backbone and heads, if it has any.
         attachment: the adapters; None for the baselines.
         parameters: everything that trains.
         optimiser: AdamW.
@@ -48,7 +45,7 @@ class Trainer:
         autocast: whether the forward runs in bfloat16.
     """
 
-    model: MultiTaskModel
+    model: Model
     attachment: AnyAttachment | None
     parameters: list[nn.Parameter]
     optimiser: torch.optim.Optimizer
@@ -72,11 +69,11 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}, norm
 
 
-def make_trainer(model: MultiTaskModel, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
+def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
     """Optimiser and schedule as the protocol says, over whatever of the model trains."""
     from transformers import get_scheduler
 
-    encoder = attachment.parameters() if attachment else (p for p in model.encoder.parameters() if p.requires_grad)
+    encoder = attachment.parameters() if attachment else (p for p in model.backbone.parameters() if p.requires_grad)
     groups = [
         *_decay_groups(list(encoder), protocol.learning_rate, protocol.weight_decay),
         *_decay_groups(
@@ -107,6 +104,7 @@ def training_batches(
     tasks: Sequence[TokenisedTask], protocol: Protocol, seed: int, pad_token_id: int, ledger: Ledger
 ) -> Iterator[Batch]:
     """The batches of a run, in an order that the protocol and the seed alone decide; entered in `ledger`."""
+    family = family_of(protocol)
     specs = [task.spec for task in tasks]
     names = (protocol.name, seed, "order")
     order = training_order(
@@ -121,7 +119,7 @@ def training_batches(
 
     for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
         rows = [(task, tasks[task].train[index]) for task, index in slots]
-        batch = collate(rows, specs, pad_token_id)
+        batch = family.training_batch(rows, specs, pad_token_id)
         ledger.add(rows, batch)
         yield batch
 

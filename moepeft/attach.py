@@ -140,6 +140,15 @@ class Attachment:
         finally:
             self.runtime.routed = before
 
+    def synchronise(self, wanted: bool = True) -> None:
+        """Let data-parallel processes train as one process with their joint batch.
+
+        Without it a balance loss (MixLoRA) and routing by batch (TuckA) see the rows of their own process only: the
+        gradients are the mean over the processes' batches, as with accumulation. With it every training forward
+        exchanges some numbers between the processes, so all must make the same number of them; evaluation does not.
+        """
+        self.runtime.synchronised = wanted
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes bit for bit what it computes without adapters."""
@@ -183,7 +192,10 @@ class Attachment:
         return self._state.kept is not None
 
     def save(self, folder: str | Path) -> None:
-        """Write ``adapter.safetensors`` and ``adapter.json`` into `folder`, which is made if need be."""
+        """Write ``adapter.safetensors`` and ``adapter.json`` into `folder`, which is made if need be.
+
+        Where parameters are sharded (FSDP) every process must call it: each gathers and writes all of them.
+        """
         io.save(self, Path(folder))
 
     def detach(self) -> nn.Module:

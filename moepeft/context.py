@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import MissingRouting
 from .protocols import LinearSite, Stream
+from .routing import sum_over_processes
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Runtime:
         values: what sites tell each other within a forward, by key.
         stats: site name -> routing statistics, filled only while `recording`.
         recording: statistics are wanted.
+        synchronised: what methods compute across rows they compute across all processes' rows (`joint_sum`).
     """
 
     enabled: bool = True
@@ -53,6 +55,7 @@ class Runtime:
     values: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     recording: bool = False
+    synchronised: bool = False
 
     def begin(
         self, task_ids: Tensor | None, masks: dict[Stream, Tensor | None], *, continues: bool, training: bool
@@ -142,6 +145,15 @@ class SiteContext:
         """Record this site's term of an auxiliary loss. Keyed by site, so a recomputation overwrites it."""
         self.runtime.losses.setdefault(name, {})[self.site.name] = term
 
+    @property
+    def synchronised(self) -> bool:
+        """Whether `joint_sum` looks beyond this process (`Runtime.synchronised`)."""
+        return self.runtime.synchronised
+
+    def joint_sum(self, value: Tensor) -> Tensor:
+        """A sum over the rows of all processes that train together, made from the sum over this one's."""
+        return sum_over_processes(value) if self.runtime.synchronised else value
+
     def put(self, key: str, value: Any) -> None:
         """Leave a value for sites that run later in this forward."""
         self.runtime.values[key] = value
@@ -162,7 +174,16 @@ class SiteContext:
         made: T = left[1]
         return made
 
-    def stat(self, name: str, value: Tensor) -> None:
-        """Record a routing statistic; free while nobody asked for them."""
+    def stat(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
+        """Record a routing statistic; free while nobody asked for them.
+
+        One name means the same in every method: ``gates``, of shape (rows, experts) or (rows, positions, experts), the
+        weight of every expert of the site, zero for those that were not chosen; a single row stands for all rows.
+
+        Args:
+            name: of the statistic.
+            value: the tensor, or what makes it if that costs anything.
+        """
         if self.runtime.recording:
-            self.runtime.stats.setdefault(self.site.name, {})[name] = value.detach()
+            made = value if isinstance(value, Tensor) else value()
+            self.runtime.stats.setdefault(self.site.name, {})[name] = made.detach()

@@ -47,7 +47,14 @@ class NotMergeable(MoepeftError):
 
 
 class AdapterFileError(MoepeftError):
-    """A saved adapter is missing, damaged, foreign or made for another model. The model was left as it was."""
+    """A saved adapter is missing, damaged, foreign or made for another model. The model was left as it was.
+
+    Its message quotes files of unknown origin: it is one line of printable characters, and not a long one.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, MoepeftError
-from .protocols import LinearSite
+from .errors import AdapterFileError
+from .files import check_values, read_json, read_tensors, replacing, write_tensors
+from .protocols import AdapterFactory
 from .registry import from_config
 from .sites import find_sites
 
@@ -28,16 +27,23 @@ _KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites
 
 def save(attachment: Attachment, folder: Path) -> None:
     """Write an attachment's weights and description."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().contiguous().cpu() for name, value in attachment.state_dict().items()}
-    description = _description(attachment)
-    # Each file appears whole or not at all; the description comes last, so that it never describes missing weights.
-    partial = folder / f"{WEIGHTS}.tmp"
-    save_file(state, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
-    partial = folder / f"{CONFIG}.tmp"
-    partial.write_text(json.dumps(description, indent=1) + "\n")
-    partial.replace(folder / CONFIG)
+    text = json.dumps(_description(attachment), indent=1) + "\n"
+    state = {name: _whole(value) for name, value in attachment.state_dict().items()}
+    path = folder / CONFIG
+    # Both are written before either takes its place; the weights do so first, so that no description is there without.
+    with replacing(path) as description, replacing(folder / WEIGHTS) as weights:
+        description.write_text(text, "utf-8")
+        write_tensors(weights, state)
+        if path.is_file() and path.read_bytes() != text.encode():
+            # Stopped from here on, other adapters' description must not stand beside weights of the same shapes.
+            path.unlink()
+
+
+def _whole(value: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold one shard (FSDP); then every process must ask for it."""
+    gather = getattr(value, "full_tensor", None)
+    full: Tensor = value if gather is None else gather()
+    return full
 
 
 def _description(attachment: Attachment) -> dict[str, Any]:
@@ -70,21 +76,18 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
 
     folder = Path(folder)
     description = _read_description(folder)
-    try:
-        factory = from_config(description["method"], description["config"])
-    except (MoepeftError, TypeError) as error:
-        raise AdapterFileError(
-            f"{folder / CONFIG}: the method cannot be made from its configuration: {error}"
-        ) from error
+    factory = _factory(description, folder)
     _check_base(model, description["base"], folder, any_base=any_base)
     wanted = _check_sites(model, description["sites"], folder)
-    state = _read_weights(folder, description["tensors"])
+    # Sizes are compared before anything of that size is made: a file may ask for any rank.
+    own = _blueprint(model, factory, wanted, folder)
+    shapes = {name: list(value.shape) for name, value in own.items()}
+    if shapes != description["tensors"]:
+        raise AdapterFileError(f"{folder}: {_difference(shapes, description['tensors'])}")
+    state = _read_weights(folder, own)
 
     attachment = attach(model, factory, sites=lambda site: site.name in wanted)
     try:
-        own = {name: list(value.shape) for name, value in attachment.state_dict().items()}
-        if own != description["tensors"]:
-            raise AdapterFileError(f"{folder}: {_difference(own, description['tensors'])}")
         attachment.load_state_dict(state)
     except BaseException:
         attachment.detach()
@@ -111,56 +114,78 @@ def restore(attachment: Attachment, folder: str | Path) -> None:
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
     _check_base(attachment.model, description["base"], folder, any_base=False)
-    attachment.load_state_dict(_read_weights(folder, description["tensors"]))
+    attachment.load_state_dict(_read_weights(folder, attachment.state_dict()))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        description = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise AdapterFileError(f"{path} does not exist: give the folder that Attachment.save wrote") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterFileError(
-            f"{path} is not readable JSON ({error}): it is damaged, save the adapters again"
-        ) from error
-    found = description.get("schema_version") if isinstance(description, dict) else None
-    if found != SCHEMA_VERSION:
+    description = read_json(path, missing="give the folder that Attachment.save wrote")
+    found = description.get("schema_version")
+    if found != SCHEMA_VERSION or isinstance(found, bool):
         raise AdapterFileError(
             f"{path} has schema version {found!r}, this moepeft reads version {SCHEMA_VERSION}: "
             "install the moepeft that wrote it, or save the adapters again"
         )
     if set(description) != _KEYS or not all(isinstance(description[k], dict) for k in ("config", "base", "tensors")):
         raise AdapterFileError(f"{path} must hold exactly {sorted(_KEYS)}, got {sorted(description)}: it is damaged")
-    return dict(description)
+    return description
 
 
-def _read_weights(folder: Path, expected: dict[str, list[int]]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _factory(description: dict[str, Any], folder: Path) -> AdapterFactory:
     try:
-        state = load_file(path)
-    except FileNotFoundError as error:
-        raise AdapterFileError(f"{path} does not exist: the folder is incomplete, copy it again") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
-    shapes = {name: list(value.shape) for name, value in state.items()}
+        factory = from_config(description["method"], description["config"])
+    except Exception as error:  # whatever a method says or trips over, the values are at fault
+        raise AdapterFileError(
+            f"{folder / CONFIG}: the method cannot be made from its configuration: {error}"
+        ) from error
+    missing = {field.name for field in dataclasses.fields(factory)} - set(description["config"])  # type: ignore[arg-type]
+    # A former version's method may not have had the field, whose default then stands for what it did.
+    if missing and description["moepeft_version"] == version("moepeft"):
+        raise AdapterFileError(f"{folder / CONFIG}: the configuration lacks {sorted(missing)}: it is damaged")
+    return factory
+
+
+def _blueprint(model: nn.Module, factory: AdapterFactory, wanted: list[str], folder: Path) -> dict[str, Tensor]:
+    """What the adapters' state would be, without memory for it."""
+    sites = [site for site in find_sites(model) if site.name in wanted]
+    try:
+        with torch.device("meta"):
+            chosen = factory.select(sites)
+            shared = factory.shared(chosen)
+            modules = {f"sites.{site.name}": factory.build(site, shared) for site in chosen}
+    except Exception as error:  # as above
+        raise AdapterFileError(f"{folder}: the adapters cannot be made for this model: {error}") from error
+    if [site.name for site in chosen] != wanted:
+        raise AdapterFileError(f"{folder / CONFIG}: the list of sites is damaged: {factory.name} adapts other ones")
+    if shared is not None:
+        modules = {"shared": shared, **modules}
+    return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+
+
+def _read_weights(folder: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The saved values of tensors of the same names, shapes and kinds as `own`."""
+    path = folder / WEIGHTS
+    state = read_tensors(path, missing="the folder is incomplete, copy it again")
+    expected, shapes = ({name: list(value.shape) for name, value in each.items()} for each in (own, state))
     if shapes != expected:
         raise AdapterFileError(f"{path} does not hold what {CONFIG} says: {_difference(expected, shapes)}")
-    for name, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise AdapterFileError(
-                f"{path}: {name} holds values that are not finite; the training that made it diverged"
-            )
+    check_values(path, state, {name: value.dtype for name, value in own.items()})
     return state
 
 
 def _base(model: nn.Module) -> dict[str, str | None]:
     config = getattr(model, "config", None)
     return {
-        "class": type(model).__name__,
+        "class": _class_name(model),
         "id": getattr(config, "_name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
     }
+
+
+def _class_name(model: nn.Module) -> str:
+    # Sharded, a model is of a new class that derives from FSDPModule and from its own.
+    kind, *bases = type(model), *type(model).__bases__
+    return (bases[1] if bases[0].__name__ == "FSDPModule" else kind).__name__
 
 
 def _check_base(model: nn.Module, saved: dict[str, Any], folder: Path, *, any_base: bool) -> None:
@@ -175,21 +200,23 @@ def _check_base(model: nn.Module, saved: dict[str, Any], folder: Path, *, any_ba
             )
 
 
-def _check_sites(model: nn.Module, saved: Any, folder: Path) -> set[str]:
+def _check_sites(model: nn.Module, saved: Any, folder: Path) -> list[str]:
     try:
-        wanted = [LinearSite(entry["name"], entry["in_features"], entry["out_features"]) for entry in saved]
+        wanted = {entry["name"]: (entry["in_features"], entry["out_features"]) for entry in saved}
     except (TypeError, KeyError) as error:
         raise AdapterFileError(f"{folder / CONFIG}: the list of sites is damaged") from error
+    if not isinstance(saved, list) or not saved or len(wanted) != len(saved):
+        raise AdapterFileError(f"{folder / CONFIG}: the list of sites is damaged: empty, or a site stands twice")
     own = {site.name: (site.in_features, site.out_features) for site in find_sites(model)}
-    for site in wanted:
-        shape = own.get(site.name)
-        if shape != (site.in_features, site.out_features):
+    for name, (inputs, outputs) in wanted.items():
+        shape = own.get(name)
+        if shape != (inputs, outputs):
             raise AdapterFileError(
-                f"{folder} adapts {site.name!r} of shape {site.in_features} -> {site.out_features}, the model has "
+                f"{folder} adapts {name!r} of shape {inputs} -> {outputs}, the model has "
                 + (f"shape {shape[0]} -> {shape[1]} there" if shape else "no such layer")
                 + ": it is another architecture"
             )
-    return {site.name for site in wanted}
+    return list(wanted)
 
 
 def _difference(wanted: dict[str, list[int]], got: dict[str, list[int]]) -> str:

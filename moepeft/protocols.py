@@ -123,6 +123,9 @@ class AdapterFactory(Protocol):
     Attributes:
         name: registered name of the method, e.g. ``lora``.
         presets: named sets of field values; every method has at least ``published`` and ``released``.
+
+    A class attribute ``sizes`` may name the fields that scale its parameters, where they are more than ``rank``: the
+    benchmark turns them, the first before the others, to bring methods to one size.
     """
 
     name: ClassVar[str]

@@ -6,7 +6,6 @@ safetensors file.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moepeft import merge
 from moepeft.attach import Attachment, attach
 from moepeft.errors import AdapterFileError, MoepeftError, Unsupported
+from moepeft.files import check_values, read_json, read_tensors, replacing, write_tensors
 from moepeft.methods.lora import LoRA
 from moepeft.protocols import LinearSite, LoRAShaped
 from moepeft.sites import find_sites
@@ -87,13 +85,13 @@ def export_lora(attachment: Attachment, folder: str | Path, *, task: int | None 
         base_model_name_or_path=getattr(getattr(attachment.model, "config", None), "_name_or_path", None) or None,
     )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"{_PREFIX}{name}.lora_{letter}.weight": factor.detach().contiguous().cpu()
+        f"{_PREFIX}{name}.lora_{letter}.weight": factor
         for name, pair in factors.items()
         for letter, factor in zip("AB", pair, strict=True)
     }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with replacing(folder / WEIGHTS) as partial:
+        write_tensors(partial, tensors)
     config.save_pretrained(folder)
 
 
@@ -134,11 +132,10 @@ def import_lora(model: nn.Module, folder: str | Path) -> Attachment:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        kind, rank, alpha = config["peft_type"], config.get("r"), config.get("lora_alpha")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AdapterFileError(f"{path} is not a configuration written by peft ({error!r})") from error
+    config = read_json(path, missing="give the folder that peft's save_pretrained wrote")
+    if "peft_type" not in config:
+        raise AdapterFileError(f"{path} is not a configuration written by peft: it has no 'peft_type'")
+    kind, rank, alpha = config["peft_type"], config.get("r"), config.get("lora_alpha")
     if kind != "LORA":
         raise Unsupported(f"{path} is of the peft method {kind}, wanted LORA; other methods run as attach_peft(...)")
     start = config.get("init_lora_weights", True)
@@ -157,12 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_factors(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     path = folder / WEIGHTS
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} is not a whole safetensors file ({error}); save pickled weights (.bin) again with a newer peft"
-        ) from error
+    tensors = read_tensors(path, missing="save pickled weights (.bin) again with a newer peft")
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _FACTOR.fullmatch(name)
@@ -172,15 +164,14 @@ def _read_factors(folder: Path, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     for site, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise AdapterFileError(f"{path} has only lora_{''.join(pair)} of {site!r}: it is incomplete")
-        if pair["A"].dim() != 2 or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
+        if not pair["A"].dim() == pair["B"].dim() == 2 or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
             raise Unsupported(
                 f"{path}: the factors of {site!r} have shapes {tuple(pair['A'].shape)} and {tuple(pair['B'].shape)}, "
                 f"wanted rank {rank} at every layer"
             )
-        if not all(torch.isfinite(factor).all() for factor in pair.values()):
-            raise AdapterFileError(
-                f"{path}: the factors of {site!r} are not finite; the training that made it diverged"
-            )
+        kind = torch.float64 if pair["A"].dtype == torch.float64 else torch.get_default_dtype()
+        named = {f"{site}.lora_{letter}": pair[letter] for letter in "AB"}
+        check_values(path, named, dict.fromkeys(named, kind))
     if not pairs:
         raise AdapterFileError(f"{path} holds no factors")
     return {site: (pair["A"], pair["B"]) for site, pair in pairs.items()}

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,6 +25,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from moepeft import io
 from moepeft.attach import Attachment, attachment
 from moepeft.errors import AdapterFileError, Unsupported
+from moepeft.files import check_values, read_tensors, replacing, write_tensors
 from moepeft.hooks import SLOT
 
 if TYPE_CHECKING:  # the mixin stands before a Trainer: its super() is one
@@ -149,11 +148,12 @@ def save_adapted(model: nn.Module, folder: str | Path) -> None:
     """Write a model's adapters and, if there are any, its other trainable parameters."""
     folder = Path(folder)
     attachment(model).save(folder)
-    others = {name: value.detach().cpu().contiguous() for name, value in _others(model).items()}
+    others = _others(model)
     if others:
-        partial = folder / f"{TRAINED}.tmp"
-        save_file(others, partial, metadata={"format": "pt"})
-        partial.replace(folder / TRAINED)
+        with replacing(folder / TRAINED) as partial:
+            write_tensors(partial, others)
+    else:
+        (folder / TRAINED).unlink(missing_ok=True)  # of a former model, which trained more
 
 
 def restore_adapted(model: nn.Module, folder: str | Path) -> None:
@@ -189,18 +189,15 @@ def load_adapted(model: nn.Module, folder: str | Path) -> Attachment:
 
 def _read_others(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     path = Path(folder) / TRAINED
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        saved: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = read_tensors(path, missing="copy the folder again")
+    parameters = dict(model.named_parameters())
     for name, value in saved.items():
-        if shapes.get(name) != tuple(value.shape):
-            raise AdapterFileError(
-                f"{path} holds {name!r} of shape {tuple(value.shape)}, the model has {shapes.get(name)} there"
-            )
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != tuple(value.shape):
+            raise AdapterFileError(f"{path} holds {name!r} of shape {tuple(value.shape)}, the model has {shape} there")
+    check_values(path, saved, {name: parameters[name].dtype for name in saved})
     return saved
 
 

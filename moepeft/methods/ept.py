@@ -16,8 +16,10 @@ How it is computed. A transposed convolution whose stride is its kernel size is 
     (B A) (x) K  =  (B (x) I_s) (I_r (x) K) (A (x) I_s)
 
 so that each scale is a LoRA of rank r s with structured factors and its kernel in the rank space. W_e is never built.
-The factors of all scales stand side by side: one product down, one up. The experts of one scale share them, and their
-kernels add up, weighed by the gates, before they multiply: K_s = sum of g_e K_e over the experts of scale s.
+The factors of all scales stand side by side: one product down, one up. With g the greatest common divisor of the
+scales, A (x) I_s = (A (x) I_{s / g}) (x) I_g: the features of each residue mod g are multiplied by the same, g times
+smaller factor, which saves g - 1 of g operations. The experts of one scale share factors, and their kernels add up,
+weighed by the gates, before they multiply; in the rank space all scales are one block-diagonal kernel per row.
 
 The dimension factor d_e / d_max is the width of the expert's seed, out // s, over that of the widest: the seed's first
 rows serve every scale and are updated most often. A contrastive loss over tasks, averaged over sites, pulls a row's
@@ -34,6 +36,8 @@ Differences between paper and release (preset `released` reproduces those that c
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -155,6 +159,11 @@ class EPT:
         """The distinct kernel sizes, ascending."""
         return tuple(sorted(set(self.kernels)))
 
+    @property
+    def common_scale(self) -> int:
+        """Greatest common divisor g of the kernel sizes."""
+        return math.gcd(*self.kernels)
+
     def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
         """Every site, if each side is at least as wide as the largest kernel."""
         for site in sites:
@@ -227,47 +236,56 @@ class EPTAdapter(nn.Module):
             return top_k_gates(logits.softmax(dim=-1), self.config.top_k)
         return top_k_gates(logits, self.config.top_k)
 
-    def kernels_of(self, gates: Float[Tensor, "*n experts"]) -> list[Tensor]:
-        """Per scale the gated sum of kernels, scale and dimension factor included, (*n, s or out // s, s)."""
-        weights = gates * self.expert_scale
-        return [
-            torch.einsum("...e,epq->...pq", weights[..., experts], kernel)
-            for experts, kernel in zip(self.experts_of, self.kernels, strict=True)
-        ]
-
-    def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor) -> Float[Tensor, "rows *n o"]:
-        """Sum over experts of gate times W_e x.
+    def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor, apart: Tensor | None = None) -> Tensor:
+        """Sum over experts of gate times W_e x, shape (rows, *n, out).
 
         Args:
             x: input.
             gates: (rows, experts) or (rows, *n, experts).
+            apart: ``residues(x)`` if it is there already, as for k and v after q.
         """
-        if gates.dim() < x.dim():
-            gates = gates.reshape(gates.shape[0], *(1,) * (x.dim() - 2), gates.shape[-1])
-        kernels = [kernel.to(x.dtype) for kernel in self.kernels_of(gates)]
         if self.config.operator == "channel":
-            channels = [
-                pad_to(self.out_features, channel_update(x, A.to(x.dtype), B.to(x.dtype), kernel))
-                for A, B, kernel in zip(*self.seeds(), kernels, strict=True)
-            ]
-            return torch.stack(channels).sum(dim=0)
+            return self._channel_update(x, gates)
+        g = self.config.common_scale
         down, up = self.structured_factors()
-        parts = torch.split(F.linear(x, down.to(x.dtype)), [self.config.rank * s for s in self.config.scales], dim=-1)
-        mixed = [mix_scale(part, kernel) for part, kernel in zip(parts, kernels, strict=True)]
-        return F.linear(torch.cat(mixed, dim=-1), up.to(x.dtype))
+        low = together(F.linear(residues(x, g) if apart is None else apart, down.to(x.dtype)))
+        mixed = residues(mix(low, self.mixing(gates).to(x.dtype)), g)
+        return pad_to(self.out_features, together(F.linear(mixed, up.to(x.dtype))))
+
+    def mixing(self, gates: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n S S"]:
+        """The gated sum of kernels, scale and dimension factor included: one block per scale, S the sum of scales."""
+        width = sum(self.config.scales)
+        ends = itertools.accumulate(self.config.scales)
+        bank = torch.cat(
+            [F.pad(k, (end - k.shape[1], width - end) * 2) for k, end in zip(self.kernels, ends, strict=True)]
+        )
+        weights = (gates * self.expert_scale)[..., list(itertools.chain(*self.experts_of))]
+        return (weights @ bank.flatten(1)).reshape(*gates.shape[:-1], width, width)
+
+    def structured_factors(self) -> tuple[Float[Tensor, "k i_g"], Float[Tensor, "o_g k"]]:
+        """A (x) I_{s / g} and B (x) I_{s / g} of all scales, k = r times the sum of s / g, rank by rank."""
+        g, r = self.config.common_scale, self.config.rank
+        downs, ups = [], []
+        for s, A, B in zip(self.config.scales, *self.seeds(), strict=True):
+            eye = torch.eye(s // g, dtype=self.A.dtype, device=self.A.device)
+            downs.append(pad_to(self.in_features // g, torch.kron(A, eye)).view(r, s // g, -1))
+            ups.append(pad_to(self.out_features // g, torch.kron(B, eye).T).view(r, s // g, -1))
+        return torch.cat(downs, dim=1).flatten(0, 1), torch.cat(ups, dim=1).flatten(0, 1).T
 
     def seeds(self) -> tuple[list[Tensor], list[Tensor]]:
         """The adaptive pruner: per scale A[:, :in // s] and B[:out // s]."""
         scales = self.config.scales
         return [self.A[:, : self.in_features // s] for s in scales], [self.B[: self.out_features // s] for s in scales]
 
-    def structured_factors(self) -> tuple[Float[Tensor, "k i"], Float[Tensor, "o k"]]:
-        """A (x) I_s and B (x) I_s of all scales side by side, k = r times the sum of the scales."""
-        identities = [torch.eye(s, dtype=self.A.dtype, device=self.A.device) for s in self.config.scales]
-        downs, ups = ([torch.kron(f, eye) for f, eye in zip(seed, identities, strict=True)] for seed in self.seeds())
-        down = torch.cat([pad_to(self.in_features, factor) for factor in downs])
-        up = torch.cat([pad_to(self.out_features, factor.T).T for factor in ups], dim=1)
-        return down, up
+    def _channel_update(self, x: Tensor, gates: Tensor) -> Tensor:
+        if gates.dim() < x.dim():
+            gates = gates.reshape(gates.shape[0], *(1,) * (x.dim() - 2), gates.shape[-1])
+        weights = gates * self.expert_scale
+        total = x.new_zeros(())
+        for A, B, experts, kernels in zip(*self.seeds(), self.experts_of, self.kernels, strict=True):
+            kernel = torch.einsum("...e,ehs->...hs", weights[..., experts], kernels).to(x.dtype)
+            total = total + pad_to(self.out_features, channel_update(x, A.to(x.dtype), B.to(x.dtype), kernel))
+        return total
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
@@ -281,7 +299,12 @@ class EPTAdapter(nn.Module):
         if self._wants_loss:
             assert tasks is not None
             self._record_loss(x, tasks, ctx)
-        return y + self.update(self.dropout(x), gates).to(y.dtype)
+        return y + self._update(self.dropout(x), gates, ctx).to(y.dtype)
+
+    def _update(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> Tensor:
+        if self.config.operator == "channel":
+            return self.update(x, gates)
+        return self.update(x, gates, ctx.of_input("residues", x, lambda: residues(x, self.config.common_scale)))
 
     @property
     def _wants_loss(self) -> bool:
@@ -296,18 +319,27 @@ class EPTAdapter(nn.Module):
         assert task is not None
         gates = self.expert_weights(self.task_embedding[task])
         eye = torch.eye(self.in_features, device=self.A.device, dtype=self.A.dtype)
-        return self.update(eye, gates.expand(self.in_features, -1)).T
+        return self.update(eye[None], gates[None])[0].T
 
 
-def mix_scale(part: Float[Tensor, "rows *n r_s"], kernel: Float[Tensor, "rows *k s s"]) -> Float[Tensor, "rows *n r_s"]:
-    """Multiply by I_r (x) K, K one kernel per row or per token (dimensions of size 1 between)."""
-    s = kernel.shape[-1]
-    pieces = part.reshape(*part.shape[:-1], -1, s)
-    if kernel.dim() > 3 and all(size == 1 for size in kernel.shape[1:-2]):
+def mix(low: Float[Tensor, "rows *n k"], kernel: Tensor) -> Float[Tensor, "rows *n k"]:
+    """Multiply by I_r (x) K; K is one kernel per row, (rows, S, S), or one per token, (rows, *n, S, S)."""
+    pieces = low.reshape(*low.shape[:-1], -1, kernel.shape[-1])
+    if kernel.dim() == 3:
         # One kernel for all tokens of a row: one product per row, not one per token.
-        row_wise = pieces.flatten(1, -2) @ kernel.flatten(0, -3).transpose(1, 2)
-        return row_wise.reshape(part.shape)
+        return (pieces.flatten(1, -2) @ kernel.transpose(1, 2)).reshape(low.shape)
     return (pieces @ kernel.transpose(-1, -2)).flatten(-2)
+
+
+def residues(x: Float[Tensor, "*n d"], g: int) -> Float[Tensor, "*n g d_g"]:
+    """The features of each residue mod `g` beside each other; what is left of `d` over a multiple of `g` is dropped."""
+    whole = x.shape[-1] // g * g
+    return x[..., :whole].reshape(*x.shape[:-1], -1, g).transpose(-1, -2).contiguous()
+
+
+def together(x: Float[Tensor, "*n g d_g"]) -> Float[Tensor, "*n d"]:
+    """The inverse of `residues`."""
+    return x.transpose(-1, -2).flatten(-2)
 
 
 def channel_update(

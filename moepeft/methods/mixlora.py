@@ -57,6 +57,7 @@ class MixLoRA:
 
     name: ClassVar[str] = "mixlora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, "released": {"balance": "pooled"}}
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
     rank: int = 8
     alpha: float = 16.0
@@ -220,10 +221,11 @@ class InwardAdapter(_ExpertPairs):
             probabilities = F.linear(x.to(weight.dtype), weight).softmax(dim=-1)
         top = probabilities.topk(self.config.top_k, dim=-1)
         if self.training and self.config.balance_coefficient:
-            ctx.loss("balance", load_counts(probabilities, top.indices, ctx.mask(x)))
+            ctx.loss("balance", ctx.joint_sum(load_counts(probabilities, top.indices, ctx.mask(x))))
+        shares = top.values / top.values.sum(dim=-1, keepdim=True)
         ctx.stat("probabilities", probabilities)
-        ctx.stat("experts", top.indices)
-        weights = (top.values / top.values.sum(dim=-1, keepdim=True)).movedim(-1, 0).unsqueeze(-1)
+        ctx.stat("gates", lambda: torch.zeros_like(probabilities).scatter(-1, top.indices, shares))
+        weights = shares.movedim(-1, 0).unsqueeze(-1)
         return Choice(weights, F.one_hot(top.indices.movedim(-1, 0), self.config.num_experts))
 
 

@@ -57,6 +57,7 @@ class MOELoRA:
         "published": {},
         "released": {"gate": "per_site", "layout": "sequence_first"},
     }
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
     rank: int = 16
     alpha: float = 32.0

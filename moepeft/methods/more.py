@@ -42,7 +42,7 @@ from moepeft.methods._common import (
     uniform,
 )
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, per_row
+from moepeft.routing import contrastive_task_loss, has_processes, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +144,22 @@ class MoREAdapter(nn.Module):
     def ranks(self) -> tuple[Int[Tensor, "tasks"], Float[Tensor, "tasks"]]:
         """Rank of every task, and the straight-through factor (value 1) that carries the selector's gradient."""
         if self.config.selector == "frozen":
-            return self._frozen_map() + 1, torch.ones_like(self.task_embedding[:, 0])
+            return self._frozen_map() + 1, self._one()
         with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
             probabilities = self.gate(self.task_embedding).softmax(dim=-1)
         best, choice = probabilities.max(dim=-1)
         return choice + 1, best - best.detach() + 1
+
+    def _one(self) -> Float[Tensor, "tasks"]:
+        """The factor of a frozen choice; among several processes it ties in what nothing trains.
+
+        Data parallelism waits for a gradient of every parameter, were it zero.
+        """
+        one = torch.ones_like(self.task_embedding[:, 0])
+        if has_processes():
+            idle = (self.gate.weight, self.gate.bias, self.task_embedding)
+            one = one + 0 * sum(parameter.sum() for parameter in idle)
+        return one
 
     def _frozen_map(self) -> Int[Tensor, "tasks"]:
         if not self._map_known:
@@ -178,7 +189,8 @@ class MoREAdapter(nn.Module):
         y = base(x)
         tasks = ctx.tasks(x.shape[0])
         weights = self.term_weights()[tasks]
-        ctx.stat("gates", weights)
+        # Its experts are the ranks: a task has chosen one of them.
+        ctx.stat("gates", lambda: F.one_hot(self.ranks()[0] - 1, self.config.rank)[tasks].to(weights.dtype))
         down = F.linear(self.dropout(x), self.A.to(x.dtype))
         update = F.linear(down * per_row(weights, down), self.B.to(down.dtype))
         if self.training and self.config.contrastive:

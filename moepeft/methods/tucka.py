@@ -40,7 +40,7 @@ from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
 from moepeft.methods._common import check_choice, check_count, check_positive, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import row_mean
+from moepeft.routing import has_processes, row_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class TuckA:
         "published": {},
         "released": {"mean": "all", "choice": "normalised", "hold": False},
     }
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "shared_rank")
 
     rank: int = 8
     groups: int = 2
@@ -145,7 +146,12 @@ class Router(nn.Module):
             return
         mask = ctx.mask(x) if self.config.mean == "real" else None
         rows = row_mean(x, mask) if self.config.routing == "row" else _batch_mean(x, mask)
-        ctx.put(self.KEY, self(rows.to(self.centroids.dtype)))
+        rows = rows.to(self.centroids.dtype)
+        if ctx.synchronised and self.training and self.config.routing == "batch":
+            positions = x[..., 0].numel() if mask is None else mask.sum()
+            totals = ctx.joint_sum(F.pad(rows, (0, 1), value=1.0) * positions)
+            rows = totals[:, :-1] / totals[:, -1:].clamp(min=1)
+        ctx.put(self.KEY, self(rows))
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows t"]]:
         """Winning group of each row, and its experts' weights."""
@@ -159,6 +165,11 @@ class Router(nn.Module):
         index = group.view(-1, 1, 1).expand(-1, 1, self.config.experts)
         return group, scores.gather(1, index).squeeze(1)
 
+    def gates(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows kt"]:
+        """The weights of the experts of all groups: zero outside of the winning one."""
+        winner = F.one_hot(group, self.config.groups).to(weights.dtype)
+        return (winner.unsqueeze(-1) * weights.unsqueeze(1)).flatten(1)
+
     @torch.no_grad()
     def _start(self, rows: Tensor) -> None:
         """Data-aware start: the first centroid is the first batch's mean, the others are near it."""
@@ -166,7 +177,7 @@ class Router(nn.Module):
             mean = rows.mean(dim=0)
             noise = 2 * torch.rand_like(self.centroids[1:]) - 1
             self.centroids.copy_(torch.cat((mean[None], mean + self.config.perturbation * noise)))
-            if dist.is_available() and dist.is_initialized():
+            if has_processes():
                 # Every process has seen another batch; all must go on from the same centroids.
                 dist.broadcast(self.centroids.detach(), src=0)
             self.initialised.fill_(True)
@@ -234,7 +245,8 @@ class TuckAAdapter(nn.Module):
             )
         group, weights = routing
         ctx.stat("group", group)
-        ctx.stat("gates", weights)
+        ctx.stat("scores", weights)
+        ctx.stat("gates", lambda: router.gates(group, weights))
         mapping = self.alpha * self.map(group, weights)
         if mapping.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
             mapping = mapping.repeat_interleave(x.shape[0] // mapping.shape[0], dim=0)

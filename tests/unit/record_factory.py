@@ -13,13 +13,17 @@ from benchmarks.records import (
     Budget,
     Cell,
     CurvePoint,
+    EmbeddingMap,
     Memory,
     Parameters,
     Provenance,
     Quantiles,
+    Routing,
     RunRecord,
     Score,
+    SiteRouting,
     Status,
+    TaskEmbeddings,
     Timing,
 )
 
@@ -147,3 +151,33 @@ def _cost(cell: Cell, *, trained: bool) -> dict[str, Any]:
             for s in range(0, 101, 10)
         ],
     }  # fmt: skip
+
+
+def make_routing(tasks: list[str], *, layers: int = 6, roles: str = "q k v o up down", top_k: int = 2) -> Routing:
+    """Gates of eight experts, of which every task has `top_k` at every site; embeddings in two clusters."""
+    random = np.random.default_rng(5)
+    sites = []
+    for layer in range(layers):
+        for role in roles.split():
+            weights = np.zeros((len(tasks), 8))
+            for row in weights:
+                row[random.choice(8, top_k, replace=False)] = random.dirichlet(np.ones(top_k))
+            shares = (weights > 0) / top_k
+            entropy = -(weights * np.log(weights, where=weights > 0, out=np.zeros_like(weights))).sum(1)
+            sites.append(
+                SiteRouting(
+                    site=f"layers.{layer}.{role}", role=role, layer=layer, weights=weights.round(4).tolist(),
+                    shares=shares.round(4).tolist(), entropy=entropy.round(4).tolist(),
+                )
+            )  # fmt: skip
+    table = random.normal(size=(len(tasks), 16))
+    table[::2] += 2
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    maps = [
+        EmbeddingMap(site=f"layers.{at}.q", points=table[:, at : at + 2].round(4).tolist(), explained=[0.4, 0.2])
+        for at in (0, 1, 2)
+    ]
+    return Routing(
+        tasks=tasks, rows=dict.fromkeys(tasks, 64), batch_rows=16, sites=sites,
+        embeddings=TaskEmbeddings(cosine=(unit @ unit.T).round(4).tolist(), maps=maps),
+    )  # fmt: skip

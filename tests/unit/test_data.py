@@ -11,18 +11,9 @@ import torch
 from scipy import stats
 
 from benchmarks.backbones import find_backbone, hidden_size, load_encoder, load_tokenizer
-from benchmarks.data import (
-    Ledger,
-    Row,
-    TokenisedTask,
-    chosen_rows,
-    collate,
-    sorted_within_windows,
-    texts_of,
-    tokenise_task,
-    training_order,
-)
-from benchmarks.model import MultiTaskModel, mean_pool
+from benchmarks.data import Ledger, Row, TokenisedTask, chosen_rows, tokenise_task
+from benchmarks.families.encoder import MultiTaskModel, collate, mean_pool, texts_of
+from benchmarks.order import sorted_within_windows, training_order
 from benchmarks.protocol import Protocol
 from benchmarks.seeds import stream, torch_stream
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
@@ -241,8 +232,8 @@ def test_regression_loss_is_least_at_the_score_and_predictions_scale_back():
     logits = torch.linspace(-6, 6, 2401)
     losses = torch.stack([model.loss([value.reshape(1)], batch) for value in logits])
     best = logits[losses.argmin()].reshape(1)
-    assert model.predict(best, batch.groups[0]).item() == pytest.approx(4.0, abs=0.01)
-    low, high = model.predict(torch.tensor([-50.0, 50.0]), batch.groups[0]).tolist()
+    assert model.read(best, batch.groups[0]).item() == pytest.approx(4.0, abs=0.01)
+    low, high = model.read(torch.tensor([-50.0, 50.0]), batch.groups[0]).tolist()
     assert (low, high) == pytest.approx((1.0, 5.0))
 
 

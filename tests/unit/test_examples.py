@@ -35,7 +35,8 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
 
 
 def test_all_examples_are_tested_and_short() -> None:
-    assert EXAMPLES == ["glue_rte_mrpc.py", "multi_task_t5.py", "plain_pytorch.py", "quantised_llama.py"]
+    names = ["glue_rte_mrpc", "multi_task_t5", "plain_pytorch", "quantised_llama"]
+    assert [f"{name}.py" for name in (*names, "slurm_fan_out")] == EXAMPLES  # the last one: tests/reliability
     for name in EXAMPLES:
         assert len((ROOT / "examples" / name).read_text().splitlines()) <= (44 if name.startswith("glue") else 39), name
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moepeft
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods.ept import EPT, mix_scale
+from moepeft.methods.ept import EPT, mix
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
@@ -34,10 +34,8 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
     expected = F.linear(x[..., : m * size], dense)
     eye = torch.eye(size, dtype=torch.float64)
     part = F.linear(x[..., : m * size], torch.kron(A, eye))
-    assert torch.allclose(F.linear(mix_scale(part, kernel[None, None]), torch.kron(B, eye)), expected, atol=1e-10)
-    assert torch.allclose(
-        mix_scale(part, kernel.expand(2, 1, size, size)), mix_scale(part, kernel.expand(2, 3, size, size))
-    )
+    assert torch.allclose(F.linear(mix(part, kernel.expand(2, size, size)), torch.kron(B, eye)), expected, atol=1e-10)
+    assert torch.allclose(mix(part, kernel.expand(2, size, size)), mix(part, kernel.expand(2, 3, size, size)))
 
 
 def test_ept_update_per_row_equals_its_merged_weight() -> None:
@@ -96,7 +94,7 @@ def test_tucka_fast_path_is_the_tucker_product() -> None:
     hidden = x
     for index in (0, 2):
         adapter, seen = adapters.adapters[str(index)], stats[str(index)]
-        T = dense_update(adapter.core[seen["group"][0]], adapter.factor, adapter.mixing, seen["gates"][0])
+        T = dense_update(adapter.core[seen["group"][0]], adapter.factor, adapter.mixing, seen["scores"][0])
         hidden = F.linear(hidden + 3.0 * hidden @ T, model[index].weight, model[index].bias)
         hidden = hidden.tanh() if index == 0 else hidden
     assert torch.allclose(y, hidden, atol=1e-12)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,12 +21,14 @@ from benchmarks.comparison import comparison_table
 from benchmarks.difference import difference_markdown
 from benchmarks.figures import draw_figures, pareto_front
 from benchmarks.groups import group_records
-from benchmarks.records import RunRecord, Score
+from benchmarks.labels import LETTER, LINE, place_labels
+from benchmarks.records import RunRecord, Score, SiteRouting
 from benchmarks.report import NoRecordsError, Options, build_report, differing_files, run, write_files, write_report
+from benchmarks.routing_figures import blocks_of, subtitle
 from benchmarks.scores import scores_table
 from benchmarks.store import RecordError, Store
 from benchmarks.tables import InconsistentRecordsError, parameters_table, throughput_table
-from tests.unit.record_factory import TASKS, make_provenance, make_record
+from tests.unit.record_factory import TASKS, make_provenance, make_record, make_routing
 
 SKILLS = {"majority": 0.5, "head": 0.6, "alpha": 0.7, "bravo": 0.9, "charlie": 0.7}
 
@@ -224,6 +228,41 @@ def test_unequal_conditions_are_a_warning_in_the_caption(change, warning):
     assert [line for line in caption if "WARNING" in line and warning in line]
 
 
+def test_caption_tells_the_recipe_and_what_was_left_out():
+    def caption(**fields):
+        return group_caption(only_group(make_record(protocol=fields)[0]))
+
+    plain = caption(learning_rate=5e-4, head_learning_rate=2e-3, weight_decay=0.01, clip_norm=1.0,
+                    schedule="linear", warmup_ratio=0.06, evaluate_on="reported", track="as-published")  # fmt: skip
+    assert plain[0] == "Protocol small; backbone tiny-bert; 100 steps of 8 rows; seed 0."
+    assert plain[1] == (
+        "AdamW: learning rate 0.0005 (task heads 0.002) for all methods; weight decay 0.01; linear decay after 6 % "
+        "warm-up; gradient norm clipped at 1."
+    )
+    limited = caption(train_rows=1000, eval_rows=50, evaluate_on="fold", track="matched")[0]
+    assert "trained on at most 1,000 rows per task; scored on at most 50 rows per task" in limited
+    assert "scored on rows cut from train, not on the reported ones" in limited
+    assert "track matched: " in limited
+
+
+def test_caption_lists_tuned_rates_by_method():
+    how = {"rates": [1e-4, 1e-3], "seed": 1000, "steps": 50, "head_learning_rate": 2e-3}
+    records = [
+        make_record(method, seed, protocol={"tuned": how, "learning_rate": rate})[0]
+        for method, rate in (("alpha", 1e-4), ("bravo", 1e-3))
+        for seed in (0, 1)
+    ]
+    assert group_caption(only_group(*records))[1] == (
+        "AdamW: learning rate of every method the best of 0.0001, 0.001 on rows cut from train (seed 1000, 50 steps): "
+        "alpha 0.0001, bravo 0.001 (task heads 0.002)."
+    )
+
+
+def test_tracks_never_share_a_table():
+    records = [make_record(protocol={"track": track})[0] for track in ("as-published", "matched")]
+    assert [group.label for group in group_records(records)] == ["small (track=as-published)", "small (track=matched)"]
+
+
 # ---------------------------------------------------------------------- parameters, throughput
 
 
@@ -270,6 +309,18 @@ def test_throughput_is_in_milliseconds_and_relative_to_the_reference():
     assert row["train time / alpha"] == "1.33"
     assert row["peak memory MiB"] == "200"
     assert cells(table.data, "bravissimo")["train_step_median_seconds"] == pytest.approx(0.020)
+
+
+@pytest.mark.parametrize(("shares", "mark"), [((0.01, 0.2), " †"), ((0.04, 0.03), ""), ((None, None), "")])
+def test_times_taken_beside_other_processes_are_marked(shares, mark):
+    records = []
+    for seed, share in enumerate(shares):
+        record, _ = make_record(seed=seed)
+        timing = record.timing.model_copy(update={"others_share": share})
+        records.append(record.model_copy(update={"timing": timing}))
+    table = throughput_table(only_group(*records))
+    assert cells(table.text, "alpha")["train step ms [p10-p90]"].endswith("]" + mark)
+    assert any("alpha 20 %" in note for note in table.notes) == bool(mark)
 
 
 # ---------------------------------------------------------------------- comparison
@@ -419,8 +470,6 @@ def test_figures_are_svg_without_a_date(filled):
 
 
 def test_figures_do_not_depend_on_the_users_style(filled):
-    import matplotlib as mpl
-
     (group,) = group_records(Store(filled).all())
     plain = draw_figures(group)
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "black", "svg.fonttype": "none"}):
@@ -434,6 +483,53 @@ def test_ranks_are_drawn_from_five_tasks_and_three_methods_on():
     assert "critical-difference" not in draw_figures(only_group(*methods[:2]))
     four = [make_record(m, protocol={"tasks": list(TASKS)[:4]})[0] for m in ("alpha", "bravo", "charlie")]
     assert "critical-difference" not in draw_figures(only_group(*four))
+
+
+def test_routing_is_drawn_from_the_record_of_the_first_seed_that_has_it():
+    def routed(seed, routing):
+        return make_record("a@b", seed)[0].model_copy(update={"routing": routing})
+
+    routing = make_routing(list(TASKS), layers=2, roles="q up")
+    drawn = draw_figures(only_group(make_record()[0], routed(0, None), routed(1, routing)))
+    assert {name for name in drawn if "a_b" in name} == {"routing-a_b", "task-embeddings-a_b"}
+    assert drawn == draw_figures(only_group(make_record()[0], routed(0, None), routed(1, routing)))
+    bare = draw_figures(only_group(routed(0, routing.model_copy(update={"embeddings": None}))))
+    assert {name for name in bare if "a_b" in name} == {"routing-a_b"}
+
+
+def test_dead_experts_are_named():
+    def site(name, layer, shares):
+        return SiteRouting(site=name, role="up", layer=layer, weights=shares, shares=shares, entropy=[0.0, 0.0])
+
+    sites = [
+        site("block.0.up", 0, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+        site("block.1.up", 1, [[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]),
+    ]
+    blocks = blocks_of(sites)
+    assert list(blocks) == ["layer 0", "layer 1"]
+    assert subtitle(blocks, 2)[1] == "Experts that no task chooses: layer 0 up 3."
+    alike = blocks_of([sites[0], sites[0].model_copy(update={"site": "block.1.up"})])
+    assert list(alike) == ["all 2 sites alike"]
+    assert subtitle(alike, 2)[1:] == [
+        "Experts that no task chooses: 3.",
+        # Two of three experts in turn: log 2 / log 3.
+        "Entropy of one choice's weights 0.00, of the use by all tasks together 0.63 of the largest (2 sites).",
+    ]
+    many = blocks_of([site(f"block.{layer}.up", layer, [[1.0] + [0.0] * 7]) for layer in range(3)] + sites[1:])
+    assert subtitle(many, 4)[1].startswith("Experts that no task chooses: on average 5.2 of 8 at a site (")
+
+
+def test_labels_cover_neither_each_other_nor_the_points():
+    names = [f"task_{number}" for number in range(12)]
+    points = np.random.default_rng(0).uniform(-0.5, 0.5, (12, 2))
+    labels = place_labels(points, names, limit=0.75)
+    wide, high = np.array([len(name) * LETTER for name in names]), LINE
+    for number, label in enumerate(labels):
+        assert label.name == names[number]
+        others = [other for other in labels if other is not label]
+        assert all(abs(label.x - o.x) >= wide[0] - 0.08 or abs(label.y - o.y) >= high - 1e-9 for o in others)
+        assert all(abs(label.x - x) > wide[number] / 2 or abs(label.y - y) > high / 2 for x, y in points)
+        assert math.dist((label.x, label.y), points[number]) < 0.5
 
 
 def test_pareto_front():
@@ -463,7 +559,7 @@ def test_check_names_what_differs(filled, tmp_path):
 
 
 def test_reference_of_the_protocol_is_taken(tmp_path):
-    fill(tmp_path, protocol={"reference": "alpha", "equivalence_band": 0.9})
+    fill(tmp_path, protocol={"reference": "alpha", "equivalence_band": 90.0})
     text = build_report(tmp_path).files["tables/comparison.csv"].decode()
     assert text.count("equivalent") == 3
 
@@ -507,6 +603,35 @@ def test_check_writes_nothing(readme, capsys):
     assert "old" in path.read_text()
 
 
+def test_figures_of_another_matplotlib_are_not_compared(readme, capsys):
+    root = readme[1]
+    figure = root / "figures" / "training-curves.svg"
+    drawn = figure.read_text()
+    figure.write_text(drawn.replace(f"matplotlib {mpl.__version__}", "matplotlib 0.1").replace("M ", "M 1"))
+    options = Options(results=(root,), check=True, reference="alpha")
+    assert run(options) == 0
+    assert "1 figures were drawn with matplotlib 0.1" in capsys.readouterr().err
+    # Neither tables nor a figure of other records pass under that excuse.
+    figure.write_text(
+        re.sub("SHA-256 [0-9a-f]+; drawn with matplotlib [0-9.]+", "SHA-256 0; drawn with matplotlib 0.1", drawn)
+    )
+    assert run(options) == 1
+    assert str(figure) in capsys.readouterr().err
+
+
+def test_readme_shows_on_the_folders_that_it_shows(readme, monkeypatch):
+    path, root = readme
+    other = root.parent / "other"
+    shutil.copytree(root, other)
+    monkeypatch.chdir(path.parent)
+    run(Options(results=(Path("results/small"),), readme=Path("README.md"), reference="alpha"))
+    run(Options(results=(Path("results/other"),), reference="alpha"))
+    assert run(Options(readme=Path("README.md"), reference="alpha", check=True)) == 0
+    assert "results/other" not in path.read_text()
+    (other / "tables" / "scores.md").write_text("better")
+    assert run(Options(readme=Path("README.md"), reference="alpha", check=True)) == 1
+
+
 def test_command_line(readme, monkeypatch, capsys):
     path, root = readme
     monkeypatch.chdir(path.parent)
@@ -519,8 +644,13 @@ def test_command_line(readme, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", "--readme", "README.md"])
     assert report.main() == 2
     assert "needs the lines <!-- results:begin -->" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["report", "--results", "nowhere"])
-    assert report.main() == 2
+    for arguments in (["--results", "nowhere"], ["--diff", str(root), "nowhere"]):
+        monkeypatch.setattr("sys.argv", ["report", *arguments])
+        assert report.main() == 2
+        assert "no records under nowhere" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["report", "--diff", str(root), str(root)])
+    assert report.main() == 0
+    assert capsys.readouterr().out.startswith(f"From {root} to {root}")
 
 
 def test_difference_between_two_sets():
@@ -528,8 +658,12 @@ def test_difference_between_two_sets():
     after = [with_scores(make_record("alpha")[0], rte=0.75), make_record("new")[0]]
     text = difference_markdown(before, after)
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    assert [cell.strip() for cell in rows["alpha"].split("|")[2:-1]] == ["+0.0", "+0.0", "+0.0", "+0.0", "+5.0", "+1.0"]
-    assert rows["gone"].count("n/a") == rows["new"].count("n/a") == 6
+    assert [cell.strip() for cell in rows["alpha"].split("|")[2:-2]] == ["+0.0", "+0.0", "+0.0", "+0.0", "+5.0", "+1.0"]
+    means = [float(mean) for mean in rows["alpha"].split("|")[-2].split("→")]
+    assert means[1] - means[0] == pytest.approx(1, abs=0.11)
+    assert rows["gone"].count("n/a") == rows["new"].count("n/a") == 7
+    assert "Only in the first set: gone." in text
+    assert "Only in the second set: new." in text
     assert "WARNING" not in text
 
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks import store as store_module
 from benchmarks.records import SCHEMA_VERSION, CurvePoint, RunRecord
 from benchmarks.store import MIGRATIONS, RecordError, Store, read_record
-from tests.unit.record_factory import make_cell, make_record
+from tests.unit.record_factory import make_cell, make_record, make_routing
 
 
 def record_file(store: Store) -> Path:
@@ -178,8 +178,8 @@ def test_temporary_leftovers_are_ignored(tmp_path):
         (lambda text: text.replace('"status": "ok"', '"status": "fine"'), "not a valid record"),
         (lambda text: text.replace('"status"', '"statsu"'), "not a valid record"),
         (lambda text: text.replace('"rank": 4', '"rank": 5'), "not the one in its name"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": "1"'), "expected an integer"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 0'), "nothing migrates from that"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": "2"'), "expected an integer"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 0'), "nothing migrates from that"),
     ],
 )
 def test_damaged_record_is_named_with_the_way_out(tmp_path, damage, message):
@@ -201,7 +201,9 @@ def test_record_of_a_newer_schema_asks_for_an_update(tmp_path):
     store = Store(tmp_path)
     store.put(*make_record())
     path = record_file(store)
-    path.write_text(path.read_text().replace('"schema_version": 1', f'"schema_version": {SCHEMA_VERSION + 1}'))
+    path.write_text(
+        path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', f'"schema_version": {SCHEMA_VERSION + 1}')
+    )
     with pytest.raises(RecordError, match="Update the project"):
         store.all()
 
@@ -221,6 +223,38 @@ def test_outcomes_outside_of_the_store_are_not_read(tmp_path):
     make_record()[1].to_parquet(tmp_path / "elsewhere.parquet")
     with pytest.raises(RecordError, match="cannot read the outcomes"):
         store.outcomes(written.model_copy(update={"outcomes": "../../elsewhere.parquet"}))
+
+
+def test_record_of_version_1_is_read_with_its_gaps_empty(tmp_path):
+    record, _ = make_record()
+    data = json.loads(record.model_dump_json())
+    data["schema_version"] = 1
+    del data["routing"], data["timing"]["own_share"], data["timing"]["others_share"]
+    (tmp_path / "records").mkdir()
+    path = tmp_path / "records" / f"alpha-s0-{record.cell.id}.json"
+    path.write_text(json.dumps(data))
+    store = Store(tmp_path)
+    assert store.all() == [record]
+    assert store.find(record.cell) == record
+    assert (record.routing, record.timing.others_share) == (None, None)
+    data["routing"] = {"sites": []}
+    path.write_text(json.dumps({**data, "schema_version": SCHEMA_VERSION}))
+    with pytest.raises(RecordError, match="not a valid record"):
+        store.all()
+
+
+def test_routing_of_many_sites_comes_back_from_a_small_file(tmp_path):
+    record, outcomes = make_record()
+    tasks = [f"task {number}" for number in range(8)]
+    routing = make_routing(tasks, top_k=8)
+    assert len(routing.sites) * len(tasks) * len(routing.sites[0].weights[0]) == 36 * 8 * 8
+    trace = 'no [\n  1,\n  2\n] and no "[\n 3\n]"'
+    store = Store(tmp_path)
+    written = store.put(record.model_copy(update={"routing": routing, "traceback": trace}), outcomes)
+    assert store.all() == [written]
+    assert written.routing == routing
+    assert written.traceback == trace
+    assert record_file(store).stat().st_size < 150_000
 
 
 class TestMigration:

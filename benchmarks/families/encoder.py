@@ -1,0 +1,220 @@
+"""Encoder with heads: the mean of the last hidden states, read by one linear head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.backbones import BackboneSource, hidden_size, load_backbone
+from benchmarks.data import Batch, Row, TaskGroup, label_range, padded
+from benchmarks.families.base import Model
+from benchmarks.protocol import Protocol
+from benchmarks.seeds import torch_stream
+from benchmarks.tasks.base import Example, TaskSpec
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The family of encoders; see `benchmarks.families.Family`."""
+
+    has_heads = True
+
+    def encode(
+        self,
+        spec: TaskSpec,
+        indices: Sequence[int],
+        examples: Sequence[Example],
+        tokenizer: Any,
+        max_length: int,
+    ) -> tuple[Row, ...]:
+        """Rows of one text, of a pair of texts, or of one pair per choice."""
+        return _tokenise(spec, indices, examples, tokenizer, max_length)
+
+    def training_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+        """Pad rows, given with the position of their task, into one batch."""
+        return collate(rows, specs, pad_token_id)
+
+    def scoring_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+        """The same: the heads answer all at once."""
+        return collate(rows, specs, pad_token_id)
+
+    def timing_row(self, ids: tuple[int, ...], *, segments: bool) -> Row:
+        """A row of these tokens.
+
+        A multiple-choice row has a single choice here: only so do rows and sequences agree for every list of tasks.
+        Its loss is zero, its cost is that of any other sequence.
+        """
+        return Row((ids,), ((0,) * len(ids),) if segments else None, 0.0, 0)
+
+    def load(
+        self, source: BackboneSource, specs: Sequence[TaskSpec], protocol: Protocol, seed: int, tokenizer: Any
+    ) -> MultiTaskModel:
+        """The frozen encoder with fresh heads."""
+        encoder = load_backbone(source, "encoder", dropout=protocol.dropout, dtype=protocol.base_dtype)
+        names = (protocol.name, seed, "heads")
+        return MultiTaskModel(encoder, specs, hidden=hidden_size(encoder), stream=names)
+
+
+class MultiTaskModel(Model):
+    """Mean-pooled hidden states of the backbone, read by one linear head per task.
+
+    Adapters go onto `backbone`; the heads and their initial values are the same for all methods.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, specs: Sequence[TaskSpec], *, hidden: int, stream: Sequence[str | int]
+    ) -> None:
+        """Build the heads.
+
+        Args:
+            encoder: becomes the backbone.
+            specs: the tasks, in the order of the protocol.
+            hidden: width of the backbone's last hidden states.
+            stream: names of the random stream of the heads.
+        """
+        super().__init__(encoder, specs)
+        for spec in specs:
+            # One stream per task: a head starts equally whatever other tasks are in the protocol.
+            with torch_stream(*stream, spec.name):
+                self.heads[spec.name] = nn.Linear(hidden, head_width(spec))
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """Logits of every group of the batch, in the order of `batch.groups`."""
+        hidden = self.backbone(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
+        # Pooling and heads in single precision: they are cheap, and scores are compared at their last digits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = mean_pool(hidden.float(), batch.inputs["attention_mask"])
+            return [self._logits(pooled, group) for group in batch.groups]
+
+    def _logits(self, pooled: Tensor, group: TaskGroup) -> Tensor:
+        spec = self.specs[group.task]
+        logits: Tensor = self.heads[spec.name](pooled[group.sequences])
+        if spec.kind == "classification":
+            return logits
+        logits = logits.squeeze(-1)
+        if group.valid is None:
+            return logits
+        return logits.masked_fill(~group.valid, torch.finfo(logits.dtype).min)
+
+    def loss(self, logits: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Mean over the rows of the batch.
+
+        Cross-entropy over classes or over a row's choices; for regression the binary cross-entropy with the
+        scaled score as a soft target: least where the prediction equals the score, and of comparable size.
+        """
+        total = torch.zeros((), device=batch.task_ids.device)
+        for group, values in zip(batch.groups, logits, strict=True):
+            if self.specs[group.task].kind == "regression":
+                total = total + F.binary_cross_entropy_with_logits(values, group.labels, reduction="sum")
+            else:
+                total = total + F.cross_entropy(values, group.labels, reduction="sum")
+        return total / batch.rows
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Class, choice or score of every row of a batch of one task."""
+        (logits,) = self(batch)
+        return self.read(logits, batch.groups[0])
+
+    def read(self, logits: Tensor, group: TaskGroup) -> Tensor:
+        """Class, choice or score (in the task's own range) of every row of a group."""
+        spec = self.specs[group.task]
+        if spec.kind != "regression":
+            return logits.argmax(-1)
+        low, high = label_range(spec)
+        return low + (high - low) * logits.sigmoid()
+
+
+def head_width(spec: TaskSpec) -> int:
+    """Outputs of a task's head: one per class, or one score per sequence."""
+    return len(spec.labels) if spec.kind == "classification" else 1
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the hidden states over the real tokens: (rows, tokens, width) -> (rows, width)."""
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+# ---------------------------------------------------------------------- rows and batches
+
+
+def _tokenise(
+    spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example], tokenizer: Any, max_length: int
+) -> tuple[Row, ...]:
+    texts = [texts_of(spec, example) for example in examples]
+    firsts = [first for row in texts for first, _ in row]
+    seconds = [second for row in texts for _, second in row]
+    paired = [second is not None for second in seconds]
+    if any(paired) and not all(paired):
+        raise ValueError(
+            f"task {spec.name}: {paired.count(False)} of {len(paired)} rows lack the second text of a pair"
+        )
+    encoded = tokenizer(
+        firsts,
+        seconds if any(paired) else None,
+        truncation=spec.truncate if any(paired) else True,
+        max_length=max_length,
+    )
+    ids, segments = encoded["input_ids"], encoded.get("token_type_ids")
+    rows = []
+    start = 0
+    for index, example, row in zip(indices, examples, texts, strict=True):
+        span = slice(start, start := start + len(row))
+        rows.append(
+            Row(
+                sequences=tuple(map(tuple, ids[span])),
+                segments=None if segments is None else tuple(map(tuple, segments[span])),
+                label=float(example.label),
+                index=index,
+            )
+        )
+    return tuple(rows)
+
+
+def texts_of(spec: TaskSpec, example: Example) -> list[tuple[str, str | None]]:
+    """The text, or the pair of texts, of every sequence an example becomes."""
+    if spec.kind != "multiple_choice":
+        return [(example.first, example.second)]
+    if not example.choices:
+        raise ValueError(f"task {spec.name}: a multiple-choice row without choices: {example.first!r}")
+    stem = example.first if example.second is None else f"{example.second} {example.first}"
+    return [(stem, choice) for choice in example.choices]
+
+
+def collate(rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    """Pad rows, given with the position of their task, into one batch."""
+    ids, mask = padded([ids for _, row in rows for ids in row.sequences], pad_token_id)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if rows[0][1].segments is not None:
+        inputs["token_type_ids"], _ = padded([types for _, row in rows for types in row.segments or ()], 0)
+    task_ids = [task for task, row in rows for _ in row.sequences]
+    return Batch(inputs, torch.tensor(task_ids), _groups(rows, specs), len(rows), int(mask.sum()), ids.numel())
+
+
+def _groups(rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec]) -> tuple[TaskGroup, ...]:
+    starts = np.cumsum([0, *(len(row.sequences) for _, row in rows)])
+    groups = []
+    for task in sorted({task for task, _ in rows}):
+        members = [(int(starts[at]), row) for at, (owner, row) in enumerate(rows) if owner == task]
+        labels = torch.tensor([row.label for _, row in members])
+        if specs[task].kind == "regression":
+            low, high = label_range(specs[task])
+            labels = (labels - low) / (high - low)
+        else:
+            labels = labels.long()
+        positions = torch.tensor([start for start, _ in members])
+        valid = None
+        if specs[task].kind == "multiple_choice":
+            counts = torch.tensor([len(row.sequences) for _, row in members])
+            offsets = torch.arange(int(counts.max()))
+            valid = offsets < counts[:, None]
+            # Choices a row lacks point at its first one and are masked out of the softmax.
+            positions = positions[:, None] + offsets * valid
+        groups.append(TaskGroup(task, positions, valid, labels))
+    return tuple(groups)

@@ -1,0 +1,163 @@
+"""What is built is what is needed: archives with all their files, a wheel that imports alone and at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import textwrap
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORT_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source archive, and the wheel that is built from it."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (source,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return source, wheel
+
+
+@pytest.fixture(scope="module")
+def source_files(archives: tuple[Path, Path]) -> set[str]:
+    with tarfile.open(archives[0]) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    return {name for name in names if name}
+
+
+@pytest.fixture(scope="module")
+def installed(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel alone, in a folder."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(folder)]
+    subprocess.run([*command, str(archives[1])], check=True)
+    return folder
+
+
+def here(*folders: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not any(part.startswith(".") for part in path.parts)
+    }
+
+
+@pytest.mark.parametrize("folder", ["moepeft", "benchmarks", "tests", "examples", "results", "docs"])
+def test_the_source_archive_is_complete(folder: str, source_files: set[str]) -> None:
+    wanted = here(folder)
+    assert wanted
+    assert not wanted - source_files
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in source_files)
+
+
+def test_the_source_archive_has_what_tests_and_benchmarks_read(source_files: set[str]) -> None:
+    assert "moepeft/py.typed" in source_files
+    assert {"benchmarks/protocols/quick.toml", "benchmarks/published.toml"} <= source_files
+    single = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "mkdocs.yml", "constraints.txt"}
+    assert single | {path.name for path in ROOT.glob("*.md")} <= source_files
+    for name in ("constraints-lowest.txt", "CHANGELOG.md"):
+        assert name in source_files
+
+
+def test_the_wheel_has_the_library_and_nothing_else(archives: tuple[Path, Path]) -> None:
+    names = set(zipfile.ZipFile(archives[1]).namelist())
+    metadata = f"moepeft-{PROJECT['version']}.dist-info/"
+    assert {name for name in names if not name.startswith(metadata)} == here("moepeft")
+    assert "moepeft/py.typed" in names
+    assert f"{metadata}licenses/LICENSE" in names
+
+
+def run(code: str, installed: Path, cwd: Path) -> str:
+    preamble = f"import sys\nsys.path.insert(0, {str(installed)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", preamble + textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_wheel_works_without_extras(installed: Path, tmp_path: Path) -> None:
+    """Every package of an extra is out of reach; so is the checkout, which a benchmark would come from."""
+    out = run(
+        """
+        OUT_OF_REACH = {"pandas", "datasets", "evaluate", "matplotlib", "tyro", "pydantic", "rich", "sklearn",
+                        "tabulate", "pyarrow", "peft", "beartype", "hypothesis", "pytest", "benchmarks", "tests"}
+        class Without:
+            # A finder that does not find these, as if they were not installed.
+            def __init__(self, finder):
+                self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                return None if name.partition(".")[0] in OUT_OF_REACH else self.finder.find_spec(name, path, target)
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+        sys.meta_path[:] = map(Without, sys.meta_path)
+        import moepeft, torch
+        print(moepeft.__file__)
+        for name in moepeft.available():
+            model = torch.nn.ModuleDict({"fc1": torch.nn.Linear(16, 32), "fc2": torch.nn.Linear(32, 16)})
+            adapters = moepeft.attach(model, moepeft.method(name, num_tasks=2))
+            adapters.save(name)
+            adapters.detach()
+            moepeft.load(model, name)
+        import moepeft.bridges.peft
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            pass
+        else:
+            raise AssertionError("pandas was found: nothing was out of reach")
+        """,
+        installed,
+        tmp_path,
+    )
+    assert Path(out).is_relative_to(installed)
+
+
+def test_importing_takes_little_beyond_torch(installed: Path, tmp_path: Path) -> None:
+    """Best of three, as other processes may take the processor; transformers is not imported along."""
+    seconds, modules = [], ""
+    for _ in range(3):
+        out = run(
+            """
+            import time
+            import torch
+            start = time.perf_counter()
+            import moepeft
+            print(time.perf_counter() - start, "transformers" in sys.modules)
+            """,
+            installed,
+            tmp_path,
+        )
+        took, modules = out.split()
+        seconds.append(float(took))
+    assert min(seconds) < IMPORT_SECONDS, seconds
+    assert modules == "False"
+
+
+def test_lowest_versions_are_those_promised() -> None:
+    """What `make test-lowest` installs is each lower bound; torch is left out, and the file says why."""
+    text = (ROOT / "constraints-lowest.txt").read_text()
+    pinned = dict(line.split("==") for line in text.splitlines() if "==" in line)
+    promised = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["peft"]]
+    bounds = dict(requirement.split(">=") for requirement in promised)
+    assert set(bounds) <= set(pinned)
+    for name, version in bounds.items():
+        if name == "torch":
+            assert "torch is the exception" in text
+        else:
+            assert pinned[name].startswith(version), name
