@@ -19,8 +19,8 @@ class Options:
     """Train methods under one protocol and write tables of parameters, scores and speed."""
 
     methods: str = "all"
-    """Comma-separated methods, each with or without @preset; `all` registered ones; also `full` fine-tuning.
-    The rows `majority` and `head` are always there; where answers are text, `bare` instead of `head`."""
+    """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
+    can do without; `full` fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML."""
     tasks: str | None = None
@@ -49,6 +49,8 @@ class Options:
     """matched: choose every method's rank so that all have as many parameters as the reference method."""
     target_parameters: int | None = None
     """Trainable adapter numbers of the matched track, instead of the reference method's."""
+    reference: str | None = None
+    """Method that scores and speed are compared with, e.g. the full one among its ablations."""
     eval_rows: int | None = None
     """Score at most this many rows per task, a seeded subset that is the same for all methods."""
     evaluate_on: Literal["reported", "fold"] | None = None
@@ -87,6 +89,7 @@ def resolve_protocol(options: Options) -> Protocol:
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
+        reference=options.reference,
         tuning_rates=rates,
         tuning_steps=options.tune_steps,
         track=options.track,

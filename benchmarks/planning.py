@@ -15,12 +15,14 @@ from benchmarks.tasks.base import TaskData
 from moepeft.bridges.peft_baselines import SPEC_PREFIX, PeftBaseline
 from moepeft.errors import UnknownMethod
 from moepeft.protocols import AdapterFactory
+from moepeft.registry import ablations
 
 # No model at all; the heads alone; the model as it comes, where answers are text; every weight of the backbone.
 BASELINES = ("majority", "head", "bare", "full")
 HEADS_ONLY = "head"
 BARE = "bare"
 UNTRAINED = ("majority", BARE)
+ABLATIONS = "ablations"
 
 Method = AdapterFactory | PeftBaseline | None
 
@@ -58,6 +60,7 @@ def parse_methods(text: str, *, num_tasks: int, has_heads: bool = True) -> dict[
 
     Args:
         text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method,
+            ``NAME@ablations`` for a method with everything that it declares can be left out or changed,
             ``peft:NAME`` for one of the peft package.
         num_tasks: number of tasks of the protocol.
         has_heads: whether heads answer. Where answers are text there are none to train alone, but the bare model
@@ -68,12 +71,24 @@ def parse_methods(text: str, *, num_tasks: int, has_heads: bool = True) -> dict[
         ConfigError: the method cannot be configured for that many tasks.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    expanded = [one for name in names for one in (moepeft.available() if name == "all" else (name,))]
+    expanded = [one for name in names for one in _expanded(name)]
     ours, other = (HEADS_ONLY, BARE) if has_heads else (BARE, HEADS_ONLY)
     if other in expanded:
         reason = "its heads would be random" if has_heads else "answers are text, there are no heads"
         raise UnknownMethod(f"{other!r} means nothing for this family of models: {reason}. {ours!r} is always run.")
     return {name: _method(name, num_tasks) for name in ("majority", ours, *expanded)}
+
+
+def _expanded(name: str) -> tuple[str, ...]:
+    if name == "all":
+        return moepeft.available()
+    method, _, preset = name.partition("@")
+    if preset != ABLATIONS:
+        return (name,)
+    declared = ablations(method)
+    if not declared:
+        raise UnknownMethod(f"{method!r} declares no ablations; name one of its presets instead of {ABLATIONS!r}")
+    return (method, *(f"{method}@{preset}" for preset in declared))
 
 
 def _method(name: str, num_tasks: int) -> Method:

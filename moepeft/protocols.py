@@ -125,7 +125,8 @@ class AdapterFactory(Protocol):
         presets: named sets of field values; every method has at least ``published`` and ``released``.
 
     A class attribute ``sizes`` may name the fields that scale its parameters, where they are more than ``rank``: the
-    benchmark turns them, the first before the others, to bring methods to one size.
+    benchmark turns them, the first before the others, to bring methods to one size. A class attribute ``ablations``
+    may hold further presets: what can be left out of the method or changed in it to see what it does.
     """
 
     name: ClassVar[str]

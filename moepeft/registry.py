@@ -47,7 +47,8 @@ def method(spec: str, *, num_tasks: int | None = None, **fields: Any) -> Adapter
     """Make a method's configuration from what one writes on a command line.
 
     Args:
-        spec: ``name`` or ``name@preset``, e.g. ``ept@released``; the preset is ``published`` unless said.
+        spec: ``name`` or ``name@preset``, e.g. ``ept@released``; the preset is ``published`` unless said, and may
+            also be one of the method's `ablations`.
         num_tasks: how many tasks the rows will name; methods that know no tasks ignore it.
         **fields: hyper-parameters, over the preset's.
 
@@ -57,12 +58,23 @@ def method(spec: str, *, num_tasks: int | None = None, **fields: Any) -> Adapter
     """
     name, _, preset = spec.partition("@")
     cls = factory_class(name)
-    if (preset or "published") not in cls.presets:
-        raise UnknownMethod(f"{name!r} has no preset {preset!r}.{did_you_mean(preset, cls.presets)}")
-    values = {**cls.presets[preset or "published"], **fields}
+    presets = {**ablations(name), **cls.presets}
+    if (preset or "published") not in presets:
+        raise UnknownMethod(f"{name!r} has no preset {preset!r}.{did_you_mean(preset, presets)}")
+    values = {**presets[preset or "published"], **fields}
     if num_tasks is not None and "num_tasks" in _fields(cls):
         values["num_tasks"] = num_tasks
     return from_config(name, values)
+
+
+def ablations(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """What can be left out of or changed in a method, as presets by name; empty for a method that declares none.
+
+    Raises:
+        UnknownMethod: no such method.
+    """
+    declared: Mapping[str, Mapping[str, Any]] = getattr(factory_class(name), "ablations", {})
+    return declared
 
 
 def from_config(name: str, values: Mapping[str, Any]) -> AdapterFactory:

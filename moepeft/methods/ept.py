@@ -78,7 +78,7 @@ class EPT:
         gate_bias: whether the gate has a bias.
         operator: the equations' deconvolution of the seed, or the release's of the activations.
         kernel_init: start of the kernels.
-        seed_init: start of A and B; zero is the paper's ablation.
+        seed_init: start of A and B; zero is that of B alone, and needs kernels that do not start at zero.
         dimension_scale: multiply each expert by d_e / d_max.
         contrastive: coefficient of the contrastive loss.
         temperature: its temperature.
@@ -99,6 +99,18 @@ class EPT:
             "anchor": "first",
         },
     }
+    # Of the paper's table; its EPT-2468 is the published preset. Without the pruner the seeds would be cropped instead
+    # of sliced, which is the same: what remains of it is the dimension factor. Were A and B both zero nothing would
+    # ever train: as in LoRA, B alone is.
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "zero_seed": {"seed_init": "zero", "kernel_init": "uniform"},
+        "no_top_k": {"top_k": 8},
+        "no_pruner": {"dimension_scale": False},
+        "no_contrastive": {"contrastive": 0.0},
+        "kernels_2": {"kernels": (2,) * 8},
+        "kernels_4": {"kernels": (4,) * 8},
+        "kernels_8": {"kernels": (8,) * 8},
+    }
 
     rank: int = 8
     alpha: float = 32.0
@@ -111,7 +123,7 @@ class EPT:
     gate_bias: bool = False
     operator: Literal["kronecker", "channel"] = "kronecker"
     kernel_init: Literal["zero", "uniform"] = "zero"
-    seed_init: Literal["normal", "uniform"] = "normal"
+    seed_init: Literal["normal", "uniform", "zero"] = "normal"
     dimension_scale: bool = True
     contrastive: float = 0.1
     temperature: float = 0.05
@@ -133,7 +145,12 @@ class EPT:
         check_choice("EPT", "gates", self.gates, ("softmax", "double_softmax"))
         check_choice("EPT", "operator", self.operator, ("kronecker", "channel"))
         check_choice("EPT", "kernel_init", self.kernel_init, ("zero", "uniform"))
-        check_choice("EPT", "seed_init", self.seed_init, ("normal", "uniform"))
+        check_choice("EPT", "seed_init", self.seed_init, ("normal", "uniform", "zero"))
+        if self.seed_init == self.kernel_init == "zero":
+            raise ConfigError(
+                "EPT: with seed_init='zero' and kernel_init='zero' no gradient is ever other than zero; "
+                "let one of them start at random, e.g. kernel_init='uniform'"
+            )
         check_choice("EPT", "anchor", self.anchor, ("mean", "first"))
         check_dropout("EPT", self.dropout)
 
@@ -149,7 +166,7 @@ class EPT:
         return Capabilities(
             routing=self.routing,
             not_mergeable=None if self.routing == "task" else "every token has its own experts (routing='token')",
-            identity_at_init=self.kernel_init == "zero",
+            identity_at_init="zero" in (self.kernel_init, self.seed_init),
             aux_losses=("contrastive",) if self.contrastive else (),
             never_trained=untrained,
         )
@@ -206,9 +223,9 @@ class EPTAdapter(nn.Module):
         self.scale = config.alpha / config.rank
         i, o, r = site.in_features, site.out_features, config.rank
         smallest = min(config.kernels)
-        draw = normal if config.seed_init == "normal" else uniform
+        draw = uniform if config.seed_init == "uniform" else normal
         self.A = nn.Parameter(draw((r, i // smallest), (i // smallest) ** -0.5))
-        self.B = nn.Parameter(draw((o // smallest, r), r**-0.5))
+        self.B = nn.Parameter(draw((o // smallest, r), 0.0 if config.seed_init == "zero" else r**-0.5))
         bound = o**-0.5 if config.kernel_init == "uniform" else 0.0
         self.experts_of = [[e for e, size in enumerate(config.kernels) if size == s] for s in config.scales]
         self.kernels = nn.ParameterList(

@@ -66,6 +66,13 @@ class TuckA:
         "published": {},
         "released": {"mean": "all", "choice": "normalised", "hold": False},
     }
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "kaiming": {"centroids": "kaiming"},
+        "groups_1": {"groups": 1},
+        "groups_4": {"groups": 4},
+        "experts_1": {"experts": 1},
+        "experts_4": {"experts": 4},
+    }
     sizes: ClassVar[tuple[str, ...]] = ("rank", "shared_rank")
 
     rank: int = 8

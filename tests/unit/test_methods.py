@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moepeft
-from moepeft.errors import ConfigError, Unsupported
+from benchmarks.planning import parse_methods
+from moepeft import method
+from moepeft.errors import ConfigError, UnknownMethod, Unsupported
 from moepeft.methods.ept import EPT, mix
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
+from moepeft.registry import METHODS, ablations
 from tests.hosts import batch, build, output
 
 
@@ -340,3 +343,37 @@ def test_unknown_methods_and_presets_suggest() -> None:
         moepeft.method("tuca")
     with pytest.raises(moepeft.errors.UnknownMethod, match="Did you mean released"):
         moepeft.method("ept@relaesed")
+
+
+@pytest.mark.parametrize("spec", [f"{name}@{one}" for name in METHODS for one in ablations(name)])
+def test_ablations_train_as_they_declare_and_differ_from_the_method(spec: str) -> None:
+    factory, whole = method(spec, num_tasks=16), method(spec.partition("@")[0], num_tasks=16)
+    assert factory != whole
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+    adapters = moepeft.attach(model, factory).model
+    handle = moepeft.attachment(adapters)
+    count = handle.parameter_count()
+    assert count.total == count.closed_form
+    optimiser = torch.optim.Adam(handle.parameters(), lr=1e-2)
+    before = {name: value.detach().clone() for name, value in handle.named_parameters()}
+    for _ in range(3):
+        optimiser.zero_grad()
+        output = model(torch.randn(16, 5, 32), task_ids=torch.arange(16))
+        (output.square().mean() + handle.aux_loss()).backward()
+        optimiser.step()
+    still = {name for name, value in handle.named_parameters() if torch.equal(value, before[name])}
+    assert all(name.endswith(factory.capabilities.never_trained) for name in still), still
+
+
+def test_ept_without_any_randomness_would_never_train() -> None:
+    with pytest.raises(ConfigError, match=r"no gradient.*kernel_init='uniform'"):
+        EPT(seed_init="zero")
+
+
+def test_ablations_are_chosen_on_the_command_line_together() -> None:
+    names = tuple(parse_methods("tucka@ablations", num_tasks=2))
+    assert names[:3] == ("majority", "head", "tucka")
+    assert set(names[3:]) == {f"tucka@{one}" for one in ablations("tucka")}
+    with pytest.raises(UnknownMethod, match="declares no ablations"):
+        parse_methods("lora@ablations", num_tasks=2)
