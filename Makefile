@@ -29,7 +29,7 @@ check: $(READY)  ## lint, types, and whether tables, figures and README are what
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[bench,offline,peft,dev]"
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[bench,offline,peft,quantised,launch,dev]"
 	touch $@
 
 docs: $(DOCS)  ## the documentation's site, in site/

@@ -68,6 +68,7 @@ class _Findings:
 
     log: TrainingLog = field(default_factory=TrainingLog)
     ledger: Ledger | None = None
+    optimiser: str | None = None
     backbone: str | None = None
     parameters: Parameters | None = None
     evaluation: Evaluation | None = None
@@ -77,7 +78,9 @@ class _Findings:
     evaluate_seconds: float = 0.0
 
     def budget(self) -> Budget | None:
-        return None if self.ledger is None else self.ledger.budget()
+        if self.ledger is None:
+            return None
+        return self.ledger.budget().model_copy(update={"optimiser": self.optimiser})
 
     def timing(self) -> Timing:
         steps = self.measurement
@@ -154,6 +157,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
         found.ledger = Ledger([task.spec.name for task in bench.tasks])
         batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
         train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
+        found.optimiser = trainer.account()
 
     family = family_of(protocol)
     start = time.perf_counter()

@@ -47,6 +47,7 @@ class Budget(_Strict):
     tokens: int = Field(description="tokens without padding")
     padded_tokens: int = Field(description="tokens with padding")
     rows_per_task: dict[str, int]
+    optimiser: str | None = Field(default=None, description="what the optimiser did, as it says after the last step")
 
 
 class Parameters(_Strict):

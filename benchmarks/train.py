@@ -68,6 +68,16 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         return {name: loss.detach() for name, loss in losses.items()}, norm
 
+    def account(self) -> str:
+        """What the optimiser did, as it says itself: equal for all methods of a comparison, whatever their rates."""
+        settings = {name: self.optimiser.defaults[name] for name in ("betas", "eps")}
+        decay = sorted({group["weight_decay"] for group in self.optimiser.param_groups})
+        rates = [group["lr"] / group["initial_lr"] for group in self.optimiser.param_groups]
+        return (
+            f"{type(self.optimiser).__name__} {settings}, weight decay {decay}, norm clipped at {self.clip_norm}, "
+            f"{self.schedule.last_epoch} updates, rates at {max(rates):.6f} of their peak at the end"
+        )
+
 
 def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
     """Optimiser and schedule as the protocol says, over whatever of the model trains."""

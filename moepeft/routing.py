@@ -94,13 +94,13 @@ class _Sum(torch.autograd.Function):
     """Every process's loss depends on every process's value: its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         total = value.detach().clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return sum_over_processes(gradient)
 
 

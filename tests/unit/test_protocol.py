@@ -191,6 +191,7 @@ def record(method: str, seed: int = 0, **changes: object) -> RunRecord:
 
 def test_unequal_budgets_are_found():
     assert budget_differences([record("head"), record("lora"), record("lora", seed=1, order_hash="b" * 64)]) == []
+    assert budget_differences([record("head"), record("lora", optimiser="one update less")])
     (problem,) = budget_differences([record("head"), record("lora", tokens=81)])
     assert "lora" in problem
     assert "tokens 81 and 80" in problem
