@@ -5,6 +5,7 @@ A finished cell (method x seed) is never computed again; a failing one becomes a
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from benchmarks.tasks.base import TaskData
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=words, prog="python -m benchmarks.run")
     # Markdown tables and messages are printed as they are: no markup, no wrapping.
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         return _main(options, console, " ".join(["python -m benchmarks.run", *words]))
     except UsageError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+        stderr.print(f"error: {error}")
+        return EXIT_USAGE
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        stderr.print(f"error: {error}; nothing finished is lost: make room, and the same command goes on from there")
         return EXIT_USAGE
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where this one stopped")
