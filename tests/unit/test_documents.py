@@ -158,6 +158,11 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
         assert set(asked) <= set(project["optional-dependencies"]), command
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:])
+    elif words[0] == "python" and words[1].startswith("examples/"):
+        # Its own flags are tested where it runs; what it hands on to the runner is checked here.
+        assert (ROOT / words[1]).is_file()
+        if "--" in words:
+            check_run(parse("benchmarks.run", words[words.index("--") + 1 :], monkeypatch))
     else:
         assert words[:2] == ["python", "-m"], f"no test knows {command!r}"
         options = parse(words[2], words[3:], monkeypatch)
