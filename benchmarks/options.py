@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ class Options:
     rerun: Literal["missing", "failed", "all"] = "missing"
     """Which cells to run: those without a finished record, also failed ones, or all."""
     shard: str | None = None
-    """i/n, i from 0: only the i-th part of the cells (with --tune: of the methods), for n runs into one folder."""
+    """i/n, i from 0: only the i-th part of the cells (with --tune: of the methods), for n runs into one folder.
+    Processes that torchrun or `accelerate launch` starts take one each by themselves."""
     jobs: int = 1
     """Cells at once, each in a process with its part of the cores. Without timing pass if there are several."""
     plan: bool = False
@@ -150,13 +152,21 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return part, parts
 
 
+def launched_shard() -> str | None:
+    """The shard of a process that torchrun or ``accelerate launch`` started beside others; None without them."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"{os.environ['RANK']}/{processes}" if processes > 1 else None
+
+
 def resolve_device(name: str) -> torch.device:
-    """The device to run on; `auto` takes the accelerator if there is one."""
+    """The device to run on; `auto` takes the accelerator if there is one: of several, launched processes take turns."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; leave the flag out to run on the CPU")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

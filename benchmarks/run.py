@@ -9,7 +9,7 @@ import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
-from benchmarks.options import Options, parse_shard, resolve_device, resolve_precision, resolve_protocol
+from benchmarks.options import Options, launched_shard, parse_shard, resolve_device, resolve_precision, resolve_protocol
 from benchmarks.protocol import Protocol, UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0 if all cells are ok, 1 if one failed, 2 for wrong usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = tyro.cli(Options, args=words, prog="python -m benchmarks.run")
+    if options.shard is None:
+        options = replace(options, shard=launched_shard())
     # Markdown tables and messages are printed as they are: no markup, no wrapping.
     console = Console(highlight=False, markup=False, soft_wrap=True)
     stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

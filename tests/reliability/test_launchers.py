@@ -45,6 +45,19 @@ def test_accelerate_launch_trains_as_one_process_does(tmp_path: Path) -> None:
     assert moved > 1e-3
 
 
+def test_accelerate_launch_deals_the_cells_of_the_runner(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "tiny.toml").write_text(PROTOCOL)
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    more = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--module")
+    flags = ("--suite", "tiny.toml", "--results", "results", "--device", "cpu", "--methods", "lora")
+    out = run(tmp_path, sys.executable, *launch, *more, "benchmarks.run", *flags)
+    records = Store(tmp_path / "results").all()
+    assert {one.cell.method: one.status for one in records} == {"majority": "ok", "head": "ok", "lora": "ok"}
+    assert sorted(line.split()[0] for line in out.splitlines() if "cells were run" in line) == ["1", "2"]
+    assert "lora" in (tmp_path / "results" / "tables" / "scores.md").read_text()
+
+
 def test_submitit_deals_the_cells_to_jobs(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     (tmp_path / "tiny.toml").write_text(PROTOCOL)

@@ -151,6 +151,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(bench: Bench, small_disk: C
     code, printed = bench.run("hostile", limit=small_disk(True))
     assert code not in (0, 130), printed
     assert "No space left on device" in printed or "File too large" in printed
+    assert "Traceback" not in printed
     assert not list(bench.results.rglob("*.tmp"))
     assert files(bench.results / "records") == before
     small_disk(False)

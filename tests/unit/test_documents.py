@@ -253,3 +253,12 @@ def test_no_method_is_known_to_the_benchmarks() -> None:
                     continue
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
+
+
+def test_every_fault_of_the_table_is_reproduced_by_a_test() -> None:
+    rows = [line for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    cases = [row for row in rows if not row.startswith(("| fault", "| ---"))]
+    assert len(cases) > 10
+    for row in cases:
+        file, name = re.findall(r"`(tests/[\w/]+\.py)::(\w+)` \|$", row)[0]
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), row
