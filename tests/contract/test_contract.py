@@ -272,12 +272,13 @@ def test_bfloat16_is_finite_and_near(host: str, spec: str) -> None:
 
 
 @everywhere
-def test_cached_generation_or_declared(spec: str) -> None:
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_cached_generation_or_declared(sample: bool, spec: str) -> None:
     model, adapters = attached("llama", spec)
     model.double()
     inputs = batch(model, rows=4, length=7)
     with adapters.route(task_ids=IDS):
-        kwargs = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+        kwargs = {"do_sample": sample, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
         cached = model.generate(**inputs, use_cache=True, output_logits=True, return_dict_in_generate=True, **kwargs)
         full = model(input_ids=cached.sequences[:, :-1]).logits[:, 6:]
     same = torch.allclose(torch.stack(cached.logits, dim=1).double(), full, atol=1e-6)

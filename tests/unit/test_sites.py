@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 import moepeft
 from moepeft.errors import NoMatchingSite
@@ -107,6 +107,28 @@ def test_vision_transformer() -> None:
     assert Counter(site.role for site in adapters.sites) == {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2}
     model(pixel_values=torch.randn(2, 3, 16, 16)).last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in adapters.parameters())
+
+
+@pytest.mark.parametrize("method", moepeft.available())
+def test_a_vision_transformer_learns_random_images_by_heart(method: str) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config.num_labels = 4
+    model = ViTForImageClassification(config)
+    adapters = moepeft.attach(model, moepeft.method(method, num_tasks=2))
+    model.classifier.requires_grad_(True)
+    images, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 4
+    optimiser = torch.optim.Adam([*adapters.parameters(), *model.classifier.parameters()], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(pixel_values=images, labels=labels, task_ids=torch.arange(16) % 2).loss
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        (loss + adapters.aux_loss()).backward()
+        optimiser.step()
+    assert losses[-1] < losses[0] / 4
 
 
 def test_plain_modules_need_no_transformers() -> None:
