@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 LOWEST := .venv-lowest
 
@@ -12,7 +13,7 @@ LOWEST := .venv-lowest
 quick: $(READY)  ## install, then train two methods on the embedded suite and print the tables
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
 
-test: $(READY) check  ## install, then lint, types and all tests
+test: $(TOOLS) check  ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
@@ -21,7 +22,7 @@ test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several pro
 test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/contract tests/golden tests/unit/test_bridge_peft.py tests/unit/test_bridge_trainer.py
 
-check: $(READY)  ## lint, types, and whether tables, figures and README are what the records give
+check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what the records give
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -29,13 +30,17 @@ check: $(READY)  ## lint, types, and whether tables, figures and README are what
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[bench,offline,peft,quantised,launch,dev]"
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[bench,offline,peft]"
+	touch $@
+
+$(TOOLS): $(READY)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[quantised,launch,dev]"
 	touch $@
 
 docs: $(DOCS)  ## the documentation's site, in site/
 	$(BIN)/mkdocs build --strict
 
-$(DOCS): $(READY)
+$(DOCS): $(TOOLS)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[docs]"
 	touch $@
 

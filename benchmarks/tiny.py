@@ -21,9 +21,7 @@ def _bert(set_up: Callable[[Any], None]) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(vocab_size=_vocabulary_size(), max_position_embeddings=512, **_SIZES)
-    set_up(config)
-    model: nn.Module = BertModel(config, add_pooling_layer=False)
-    return model
+    return _model(BertModel, config, set_up, add_pooling_layer=False)
 
 
 def _t5(set_up: Callable[[Any], None]) -> nn.Module:
@@ -40,9 +38,7 @@ def _t5(set_up: Callable[[Any], None]) -> nn.Module:
         eos_token_id=_SEP,
         decoder_start_token_id=_PAD,
     )
-    set_up(config)
-    model: nn.Module = T5ForConditionalGeneration(config)
-    return model
+    return _model(T5ForConditionalGeneration, config, set_up)
 
 
 def _llama(set_up: Callable[[Any], None]) -> nn.Module:
@@ -56,9 +52,12 @@ def _llama(set_up: Callable[[Any], None]) -> nn.Module:
         eos_token_id=_SEP,
         **_SIZES,
     )
+    return _model(LlamaForCausalLM, config, set_up)
+
+
+def _model(kind: Callable[..., nn.Module], config: Any, set_up: Callable[[Any], None], **options: Any) -> nn.Module:
     set_up(config)
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
+    return kind(config, **options)
 
 
 # Name -> what it is built for, how, and what its tokenizer puts around a text.

@@ -21,6 +21,7 @@ from benchmarks.families.text import (
     label_table,
     log_probabilities,
     most_candidates,
+    prompts_and_answers,
 )
 from benchmarks.prompts import ANSWER_CUE, to_be_continued
 from benchmarks.protocol import Protocol, Scoring, UsageError
@@ -72,7 +73,7 @@ class Causal:
     def scoring_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
         """Every prompt with each of its candidates; to generate, the prompts alone."""
         if self.scoring == "generate":
-            return _prompts(rows, pad_token_id)
+            return prompts_and_answers(rows, pad_token_id, most_candidates(rows), side="left")
         return self._with_answers(rows, pad_token_id, most_candidates(rows))
 
     def timing_row(self, ids: tuple[int, ...], *, segments: bool) -> Row:
@@ -129,21 +130,6 @@ class CausalModel(TextModel):
             logits = logits[:, positions]
         rows, candidates = batch.answers.valid.shape
         return log_probabilities(logits, batch.answers.labels).reshape(candidates, rows).T
-
-
-def _prompts(rows: Sequence[tuple[int, Row]], pad_token_id: int) -> Batch:
-    ids, mask = padded([row.sequences[0] for _, row in rows], pad_token_id, side="left")
-    table, valid = label_table([row for _, row in rows], most_candidates(rows))
-    flat, _ = padded([tokens for column in table for tokens in column], IGNORED, multiple=1)
-    return Batch(
-        inputs={"input_ids": ids, "attention_mask": mask},
-        task_ids=torch.tensor([task for task, _ in rows]),
-        groups=(),
-        rows=len(rows),
-        tokens=int(mask.sum()),
-        padded_tokens=ids.numel(),
-        answers=Answers(flat.reshape(len(table), len(rows), -1), valid, task=rows[0][0]),
-    )
 
 
 def _continuation(text: str, tokenizer: Any) -> Tokens:

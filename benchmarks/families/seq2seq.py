@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.backbones import BackboneSource, load_backbone
-from benchmarks.data import Answers, Batch, Row, padded
+from benchmarks.data import Batch, Row
 from benchmarks.families.text import (
     IGNORED,
     TIMED_ANSWER,
     TextModel,
     Tokens,
     encode_rows,
-    label_table,
     log_probabilities,
     most_candidates,
+    prompts_and_answers,
 )
 from benchmarks.prompts import text_to_text
 from benchmarks.protocol import Protocol, Scoring, UsageError
@@ -106,16 +106,9 @@ class Seq2SeqModel(TextModel):
 
 
 def _collate(rows: Sequence[tuple[int, Row]], pad_token_id: int, candidates: int | None) -> Batch:
-    ids, mask = padded([row.sequences[0] for _, row in rows], pad_token_id)
-    table, valid = label_table([row for _, row in rows], candidates)
-    flat, said = padded([tokens for column in table for tokens in column], IGNORED, multiple=1)
-    labels = flat.reshape(len(table), len(rows), -1)
-    return Batch(
-        inputs={"input_ids": ids, "attention_mask": mask},
-        task_ids=torch.tensor([task for task, _ in rows]),
-        groups=(),
-        rows=len(rows),
-        tokens=int(mask.sum() + said.sum()),
-        padded_tokens=ids.numel() + labels.numel(),
-        answers=Answers(labels, valid, task=rows[0][0]),
-    )
+    batch = prompts_and_answers(rows, pad_token_id, candidates)
+    assert batch.answers is not None
+    labels = batch.answers.labels
+    # The decoder reads the answers: they are tokens of the batch as well.
+    said = int((labels != IGNORED).sum())
+    return replace(batch, tokens=batch.tokens + said, padded_tokens=batch.padded_tokens + labels.numel())

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Answers, Batch, Row
+from benchmarks.data import Answers, Batch, Row, padded
 from benchmarks.families.base import UNREADABLE, Model
 from benchmarks.prompts import Render, Section, answers_of, base_name, gold_of, grid, sections_of
 from benchmarks.protocol import Scoring, UsageError
@@ -121,6 +121,28 @@ def label_table(rows: Sequence[Row], candidates: int | None) -> tuple[list[list[
     table = [[row.answers[at if at < len(row.answers) else 0] for row in rows] for at in range(candidates)]
     counts = torch.tensor([len(row.answers) for row in rows])
     return table, torch.arange(candidates) < counts[:, None]
+
+
+def prompts_and_answers(
+    rows: Sequence[tuple[int, Row]],
+    pad_token_id: int,
+    candidates: int | None,
+    *,
+    side: Literal["right", "left"] = "right",
+) -> Batch:
+    """Prompts as inputs, and apart from them the answers, (candidates, rows, tokens); tokens count the prompts'."""
+    ids, mask = padded([row.sequences[0] for _, row in rows], pad_token_id, side=side)
+    table, valid = label_table([row for _, row in rows], candidates)
+    flat, _ = padded([tokens for column in table for tokens in column], IGNORED, multiple=1)
+    return Batch(
+        inputs={"input_ids": ids, "attention_mask": mask},
+        task_ids=torch.tensor([task for task, _ in rows]),
+        groups=(),
+        rows=len(rows),
+        tokens=int(mask.sum()),
+        padded_tokens=ids.numel(),
+        answers=Answers(flat.reshape(len(table), len(rows), -1), valid, task=rows[0][0]),
+    )
 
 
 def most_candidates(rows: Sequence[tuple[int, Row]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,13 @@ def check_choice(method: str, field: str, value: Any, allowed: Sequence[str]) ->
     """`value` must be one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{method}: {field}={value!r}, wanted one of {', '.join(map(repr, allowed))}")
+
+
+def check_choices(method: str, config: Any) -> None:
+    """Every field of a configuration that is declared as a `Literal` must be one of its values."""
+    for field, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            check_choice(method, field, getattr(config, field), get_args(hint))
 
 
 def uniform(shape: tuple[int, ...], bound: float) -> Tensor:

@@ -36,21 +36,19 @@ Differences between paper and release (preset `released` reproduces those that c
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.methods._common import (
-    check_choice,
+    check_choices,
     check_count,
     check_dropout,
     check_positive,
@@ -58,6 +56,7 @@ from moepeft.methods._common import (
     row_summary,
     uniform,
 )
+from moepeft.methods._pyramid import channel_update, kronecker_update, residues
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import contrastive_task_loss, top_k_gates
 
@@ -141,17 +140,12 @@ class EPT:
         for field in ("alpha", "router_temperature", "temperature"):
             check_positive("EPT", field, getattr(self, field))
         check_positive("EPT", "contrastive", self.contrastive, zero=True)
-        check_choice("EPT", "routing", self.routing, ("task", "token"))
-        check_choice("EPT", "gates", self.gates, ("softmax", "double_softmax"))
-        check_choice("EPT", "operator", self.operator, ("kronecker", "channel"))
-        check_choice("EPT", "kernel_init", self.kernel_init, ("zero", "uniform"))
-        check_choice("EPT", "seed_init", self.seed_init, ("normal", "uniform", "zero"))
         if self.seed_init == self.kernel_init == "zero":
             raise ConfigError(
                 "EPT: with seed_init='zero' and kernel_init='zero' no gradient is ever other than zero; "
                 "let one of them start at random, e.g. kernel_init='uniform'"
             )
-        check_choice("EPT", "anchor", self.anchor, ("mean", "first"))
+        check_choices("EPT", self)
         check_dropout("EPT", self.dropout)
 
     @property
@@ -227,11 +221,12 @@ class EPTAdapter(nn.Module):
         self.A = nn.Parameter(draw((r, i // smallest), (i // smallest) ** -0.5))
         self.B = nn.Parameter(draw((o // smallest, r), 0.0 if config.seed_init == "zero" else r**-0.5))
         bound = o**-0.5 if config.kernel_init == "uniform" else 0.0
-        self.experts_of = [[e for e, size in enumerate(config.kernels) if size == s] for s in config.scales]
         self.kernels = nn.ParameterList(
-            nn.Parameter(uniform((len(experts), s if config.operator == "kronecker" else o // s, s), bound))
-            for s, experts in zip(config.scales, self.experts_of, strict=True)
+            nn.Parameter(uniform((config.kernels.count(s), s if config.operator == "kronecker" else o // s, s), bound))
+            for s in config.scales
         )
+        by_scale = sorted(range(len(config.kernels)), key=config.kernels.__getitem__)
+        self.register_buffer("by_scale", torch.tensor(by_scale), persistent=False)
         self.task_embedding = nn.Parameter(normal((config.num_tasks, i), 0.01))
         self.gate = nn.Linear(i, len(config.kernels), bias=config.gate_bias)
         widest = o // smallest
@@ -239,6 +234,7 @@ class EPTAdapter(nn.Module):
         self.register_buffer("expert_scale", self.scale * torch.tensor(factors), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
 
+    by_scale: Tensor
     expert_scale: Tensor
 
     def expert_weights(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
@@ -261,48 +257,14 @@ class EPTAdapter(nn.Module):
             gates: (rows, experts) or (rows, *n, experts).
             apart: ``residues(x)`` if it is there already, as for k and v after q.
         """
+        weights = (gates * self.expert_scale).index_select(-1, self.by_scale)
+        # The adaptive pruner: each scale has its own slice of the seed.
+        i, o = self.in_features, self.out_features
+        seeds = [(self.A[:, : i // s], self.B[: o // s]) for s in self.config.scales]
         if self.config.operator == "channel":
-            return self._channel_update(x, gates)
-        g = self.config.common_scale
-        down, up = self.structured_factors()
-        low = together(F.linear(residues(x, g) if apart is None else apart, down.to(x.dtype)))
-        mixed = residues(mix(low, self.mixing(gates).to(x.dtype)), g)
-        return pad_to(self.out_features, together(F.linear(mixed, up.to(x.dtype))))
-
-    def mixing(self, gates: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n S S"]:
-        """The gated sum of kernels, scale and dimension factor included: one block per scale, S the sum of scales."""
-        width = sum(self.config.scales)
-        ends = itertools.accumulate(self.config.scales)
-        bank = torch.cat(
-            [F.pad(k, (end - k.shape[1], width - end) * 2) for k, end in zip(self.kernels, ends, strict=True)]
-        )
-        weights = (gates * self.expert_scale)[..., list(itertools.chain(*self.experts_of))]
-        return (weights @ bank.flatten(1)).reshape(*gates.shape[:-1], width, width)
-
-    def structured_factors(self) -> tuple[Float[Tensor, "k i_g"], Float[Tensor, "o_g k"]]:
-        """A (x) I_{s / g} and B (x) I_{s / g} of all scales, k = r times the sum of s / g, rank by rank."""
-        g, r = self.config.common_scale, self.config.rank
-        downs, ups = [], []
-        for s, A, B in zip(self.config.scales, *self.seeds(), strict=True):
-            eye = torch.eye(s // g, dtype=self.A.dtype, device=self.A.device)
-            downs.append(pad_to(self.in_features // g, torch.kron(A, eye)).view(r, s // g, -1))
-            ups.append(pad_to(self.out_features // g, torch.kron(B, eye).T).view(r, s // g, -1))
-        return torch.cat(downs, dim=1).flatten(0, 1), torch.cat(ups, dim=1).flatten(0, 1).T
-
-    def seeds(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The adaptive pruner: per scale A[:, :in // s] and B[:out // s]."""
-        scales = self.config.scales
-        return [self.A[:, : self.in_features // s] for s in scales], [self.B[: self.out_features // s] for s in scales]
-
-    def _channel_update(self, x: Tensor, gates: Tensor) -> Tensor:
-        if gates.dim() < x.dim():
-            gates = gates.reshape(gates.shape[0], *(1,) * (x.dim() - 2), gates.shape[-1])
-        weights = gates * self.expert_scale
-        total = x.new_zeros(())
-        for A, B, experts, kernels in zip(*self.seeds(), self.experts_of, self.kernels, strict=True):
-            kernel = torch.einsum("...e,ehs->...hs", weights[..., experts], kernels).to(x.dtype)
-            total = total + pad_to(self.out_features, channel_update(x, A.to(x.dtype), B.to(x.dtype), kernel))
-        return total
+            return channel_update(x, weights, seeds, list(self.kernels), o)
+        apart = residues(x, self.config.common_scale) if apart is None else apart
+        return kronecker_update(apart, weights, seeds, list(self.kernels), o)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
@@ -316,12 +278,10 @@ class EPTAdapter(nn.Module):
         if self._wants_loss:
             assert tasks is not None
             self._record_loss(x, tasks, ctx)
-        return y + self._update(self.dropout(x), gates, ctx).to(y.dtype)
-
-    def _update(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> Tensor:
-        if self.config.operator == "channel":
-            return self.update(x, gates)
-        return self.update(x, gates, ctx.of_input("residues", x, lambda: residues(x, self.config.common_scale)))
+        kept, apart = self.dropout(x), None
+        if self.config.operator == "kronecker":
+            apart = ctx.of_input("residues", kept, lambda: residues(kept, self.config.common_scale))
+        return y + self.update(kept, gates, apart).to(y.dtype)
 
     @property
     def _wants_loss(self) -> bool:
@@ -337,39 +297,3 @@ class EPTAdapter(nn.Module):
         gates = self.expert_weights(self.task_embedding[task])
         eye = torch.eye(self.in_features, device=self.A.device, dtype=self.A.dtype)
         return self.update(eye[None], gates[None])[0].T
-
-
-def mix(low: Float[Tensor, "rows *n k"], kernel: Tensor) -> Float[Tensor, "rows *n k"]:
-    """Multiply by I_r (x) K; K is one kernel per row, (rows, S, S), or one per token, (rows, *n, S, S)."""
-    pieces = low.reshape(*low.shape[:-1], -1, kernel.shape[-1])
-    if kernel.dim() == 3:
-        # One kernel for all tokens of a row: one product per row, not one per token.
-        return (pieces.flatten(1, -2) @ kernel.transpose(1, 2)).reshape(low.shape)
-    return (pieces @ kernel.transpose(-1, -2)).flatten(-2)
-
-
-def residues(x: Float[Tensor, "*n d"], g: int) -> Float[Tensor, "*n g d_g"]:
-    """The features of each residue mod `g` beside each other; what is left of `d` over a multiple of `g` is dropped."""
-    whole = x.shape[-1] // g * g
-    return x[..., :whole].reshape(*x.shape[:-1], -1, g).transpose(-1, -2).contiguous()
-
-
-def together(x: Float[Tensor, "*n g d_g"]) -> Float[Tensor, "*n d"]:
-    """The inverse of `residues`."""
-    return x.transpose(-1, -2).flatten(-2)
-
-
-def channel_update(
-    x: Float[Tensor, "*n i"],
-    A: Float[Tensor, "r m"],
-    B: Float[Tensor, "h r"],
-    kernel: Float[Tensor, "*k h s"],
-) -> Float[Tensor, "*n h_s"]:
-    """The release's operator: the seed maps the first `m` features to `h` channels, each stretched by its kernel."""
-    channels = F.linear(F.linear(x[..., : A.shape[1]], A), B)
-    return (channels.unsqueeze(-1) * kernel).flatten(-2)
-
-
-def pad_to(width: int, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n width"]:
-    """Zeros behind the last dimension, up to `width`."""
-    return F.pad(x, (0, width - x.shape[-1]))

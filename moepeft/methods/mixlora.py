@@ -33,7 +33,15 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods._common import check_choice, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.methods._common import (
+    check_choice,
+    check_choices,
+    check_count,
+    check_dropout,
+    check_positive,
+    normal,
+    uniform,
+)
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import balance_loss, load_counts
@@ -81,7 +89,7 @@ class MixLoRA:
         )
         check_positive("MixLoRA", "alpha", self.alpha)
         check_positive("MixLoRA", "balance_coefficient", self.balance_coefficient, zero=True)
-        check_choice("MixLoRA", "balance", self.balance, ("layer", "pooled"))
+        check_choices("MixLoRA", self)
         check_dropout("MixLoRA", self.dropout)
         if not self.targets:
             raise ConfigError("MixLoRA: targets is empty, wanted at least one of 'gate', 'up', 'down'")

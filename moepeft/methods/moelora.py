@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, MissingRouting
-from moepeft.methods._common import check_choice, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.methods._common import check_choices, check_count, check_dropout, check_positive, normal, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import per_row
 
@@ -72,8 +72,7 @@ class MOELoRA:
         for field in ("rank", "num_experts", "num_tasks", "task_dim"):
             check_count("MOELoRA", field, getattr(self, field))
         check_positive("MOELoRA", "alpha", self.alpha)
-        check_choice("MOELoRA", "gate", self.gate, ("shared", "per_site"))
-        check_choice("MOELoRA", "layout", self.layout, ("batch_first", "sequence_first"))
+        check_choices("MOELoRA", self)
         check_dropout("MOELoRA", self.dropout)
         if self.rank % self.num_experts:
             following = self.num_experts * (self.rank // self.num_experts + 1)

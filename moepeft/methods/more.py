@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.methods._common import (
-    check_choice,
+    check_choices,
     check_count,
     check_dropout,
     check_positive,
@@ -83,9 +83,7 @@ class MoRE:
         check_positive("MoRE", "alpha", self.alpha)
         check_positive("MoRE", "contrastive", self.contrastive, zero=True)
         check_positive("MoRE", "temperature", self.temperature)
-        check_choice("MoRE", "selector", self.selector, ("trained", "frozen"))
-        check_choice("MoRE", "scaling", self.scaling, ("none", "linear", "quadratic"))
-        check_choice("MoRE", "anchor", self.anchor, ("mean", "first"))
+        check_choices("MoRE", self)
         check_dropout("MoRE", self.dropout)
 
     @property

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
-from moepeft.methods._common import check_choice, check_count, check_positive, uniform
+from moepeft.methods._common import check_choices, check_count, check_positive, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import has_processes, row_mean
 
@@ -92,10 +92,7 @@ class TuckA:
             check_count("TuckA", field, getattr(self, field))
         check_positive("TuckA", "alpha", self.alpha)
         check_positive("TuckA", "perturbation", self.perturbation, zero=True)
-        check_choice("TuckA", "routing", self.routing, ("batch", "row"))
-        check_choice("TuckA", "centroids", self.centroids, ("data", "kaiming"))
-        check_choice("TuckA", "mean", self.mean, ("real", "all"))
-        check_choice("TuckA", "choice", self.choice, ("affinity", "normalised"))
+        check_choices("TuckA", self)
 
     @property
     def capabilities(self) -> Capabilities:

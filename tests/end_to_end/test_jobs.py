@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ from benchmarks.store import Store
 from moepeft import registry
 from moepeft.methods.lora import LoRA
 from moepeft.protocols import LinearSite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,14 +63,6 @@ class Killer(LoRA):
         adapter = Deadly()
         adapter.weight = nn.Parameter(torch.zeros(1))
         return adapter
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,6 +24,8 @@ from benchmarks.tasks import TASKS
 from benchmarks.tasks.base import Example, TaskSpec
 from moepeft.errors import UnknownMethod
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = {"seq2seq": "tiny-t5", "causal": "tiny-llama"}
 RTE = TaskSpec("rte", "classification", ("entailment", "not_entailment"), "accuracy")
 STSB = TaskSpec("stsb", "regression", (), "pearson_spearman", label_range=(0.0, 5.0))
@@ -42,14 +44,6 @@ EXAMPLES = {
     ],
     "boolq": [Example("is it so", "It is said to be so.", label=1), Example("do cats fly", "No.", label=0)],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def protocol(family: str, **fields: object) -> Protocol:

@@ -15,7 +15,8 @@ import moepeft
 from benchmarks.planning import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods.ept import EPT, mix
+from moepeft.methods._pyramid import mix
+from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
