@@ -56,7 +56,7 @@ from moepeft.methods._common import (
     row_summary,
     uniform,
 )
-from moepeft.methods._pyramid import channel_update, kronecker_update, residues
+from moepeft.methods._pyramid import add_channel_update, add_kronecker_update, residues
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import contrastive_task_loss, top_k_gates
 
@@ -249,22 +249,17 @@ class EPTAdapter(nn.Module):
             return top_k_gates(logits.softmax(dim=-1), self.config.top_k)
         return top_k_gates(logits, self.config.top_k)
 
-    def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor, apart: Tensor | None = None) -> Tensor:
-        """Sum over experts of gate times W_e x, shape (rows, *n, out).
+    def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor) -> Float[Tensor, "rows *n o"]:
+        """Sum over experts of gate times W_e x; gates are (rows, experts) or (rows, *n, experts)."""
+        return self.add_update(x.new_zeros(*x.shape[:-1], self.out_features), x, gates)
 
-        Args:
-            x: input.
-            gates: (rows, experts) or (rows, *n, experts).
-            apart: ``residues(x)`` if it is there already, as for k and v after q.
-        """
+    def add_update(self, y: Tensor, x: Tensor, gates: Tensor, apart: Tensor | None = None) -> Tensor:
+        """y plus `update`; `apart` is ``residues(x)`` if it is there already, as for k and v after q."""
         weights = (gates * self.expert_scale).index_select(-1, self.by_scale)
-        # The adaptive pruner: each scale has its own slice of the seed.
-        i, o = self.in_features, self.out_features
-        seeds = [(self.A[:, : i // s], self.B[: o // s]) for s in self.config.scales]
         if self.config.operator == "channel":
-            return channel_update(x, weights, seeds, list(self.kernels), o)
+            return add_channel_update(y, x, weights, self.A, self.B, list(self.kernels))
         apart = residues(x, self.config.common_scale) if apart is None else apart
-        return kronecker_update(apart, weights, seeds, list(self.kernels), o)
+        return add_kronecker_update(y, apart, weights, self.A, self.B, list(self.kernels))
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
@@ -281,7 +276,7 @@ class EPTAdapter(nn.Module):
         kept, apart = self.dropout(x), None
         if self.config.operator == "kronecker":
             apart = ctx.of_input("residues", kept, lambda: residues(kept, self.config.common_scale))
-        return y + self.update(kept, gates, apart).to(y.dtype)
+        return self.add_update(y, kept, gates, apart)
 
     @property
     def _wants_loss(self) -> bool:

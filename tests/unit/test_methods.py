@@ -15,7 +15,7 @@ import moepeft
 from benchmarks.planning import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods._pyramid import mix
+from moepeft.methods._pyramid import add_kronecker_update, collect, residues, spread
 from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
@@ -36,10 +36,52 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
     x = torch.randn(2, 3, m * size + extra % size, generator=draw, dtype=torch.float64)
     dense = F.conv_transpose2d((B @ A)[None, None], kernel[None, None], stride=size)[0, 0]
     expected = F.linear(x[..., : m * size], dense)
-    eye = torch.eye(size, dtype=torch.float64)
-    part = F.linear(x[..., : m * size], torch.kron(A, eye))
-    assert torch.allclose(F.linear(mix(part, kernel.expand(2, size, size)), torch.kron(B, eye)), expected, atol=1e-10)
-    assert torch.allclose(mix(part, kernel.expand(2, size, size)), mix(part, kernel.expand(2, 3, size, size)))
+    for weights in (torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 3, 1, dtype=torch.float64)):
+        nothing = x.new_zeros(2, 3, h * size + extra % size)
+        update = add_kronecker_update(nothing, residues(x, size), weights, A, B, [kernel[None]])
+        assert torch.allclose(update, F.pad(expected, (0, extra % size)), atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scales=st.lists(st.integers(1, 5), min_size=1, max_size=4), width=st.integers(5, 23), rank=st.integers(1, 4))
+def test_spread_seeds_are_kronecker_products(scales: list[int], width: int, rank: int) -> None:
+    """`spread` against torch.kron, and `collect` against what autograd makes of the same products."""
+    seed = torch.randn(rank, width // min(scales), dtype=torch.float64, requires_grad=True)
+    eyes = [torch.eye(m, dtype=torch.float64) for m in scales]
+    products = [
+        F.pad(torch.kron(seed[:, : width // m], eye), (0, width % m)).view(rank, m, width)
+        for m, eye in zip(scales, eyes, strict=True)
+    ]
+    expected = torch.cat(products, dim=1).flatten(0, 1)
+    assert torch.equal(spread(seed, scales, width), expected)
+    cotangent = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((expected * cotangent).sum(), seed)
+    assert torch.allclose(collect(cotangent, scales, seed.shape), gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_ept_update_differentiates(tokens: bool, widths: tuple[int, int]) -> None:
+    """torch's own check of a hand-written backward, against finite differences; once only, and it says so."""
+    i, o = widths
+    shapes = [
+        (2, 3, o),
+        (2, 3, 2, i // 2),
+        (2, 3, 5) if tokens else (2, 5),
+        (2, i // 2),
+        (o // 2, 2),
+        (3, 2, 2),
+        (2, 4, 4),
+    ]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def update(y: Tensor, apart: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
+        return add_kronecker_update(y, apart, weights, A, B, kernels)
+
+    assert torch.autograd.gradcheck(update, leaves)
+    (first,) = torch.autograd.grad(update(*leaves).square().sum(), leaves[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_ept_update_per_row_equals_its_merged_weight() -> None:
