@@ -42,7 +42,7 @@ def comparison_table(
     if not found:
         return None
     adjusted = holm([comparison.difference.p_value for comparison in found])
-    facts = [_facts(comparison, float(p), band) for comparison, p in zip(found, adjusted, strict=True)]
+    facts = [_facts(comparison, float(p), band, len(found)) for comparison, p in zip(found, adjusted, strict=True)]
     left_out = [runs.label for runs in others if runs.label not in {comparison.label for comparison in found}]
     return Table(
         "comparison",
@@ -115,7 +115,7 @@ def _is_untrained(runs: MethodRuns) -> bool:
     return bool(sizes) and all(size.adapter + size.heads == 0 for size in sizes)
 
 
-def _facts(comparison: Comparison, adjusted_p: float, band: float) -> dict[str, Any]:
+def _facts(comparison: Comparison, adjusted_p: float, band: float, comparisons: int) -> dict[str, Any]:
     difference = comparison.difference
     decided = verdict(difference, adjusted_p, band)
     return {
@@ -126,7 +126,7 @@ def _facts(comparison: Comparison, adjusted_p: float, band: float) -> dict[str, 
         "p_holm": adjusted_p,
         "verdict": decided,
         "seeds": difference.seeds,
-        "seeds_to_settle": seeds_to_settle(difference, band) if decided == "undecided" else None,
+        "seeds_to_settle": seeds_to_settle(difference, band, comparisons) if decided == "undecided" else None,
         "tasks": comparison.tasks,
     }
 
@@ -157,7 +157,7 @@ def _notes(band: float, left_out: Sequence[str], *, is_single: bool) -> tuple[st
     )
     meaning = (
         f"Equivalent: the whole interval lies within ± {100 * band:g}. Better or worse: adjusted p below 0.05. "
-        "Undecided: neither; then the number of seeds that would settle it at the measured spread."
+        "Undecided: neither; then the number of seeds that would settle it at the measured spread, all rows compared."
     )
     notes = [method, meaning]
     if is_single:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from benchmarks.drawing import (
     BASELINE_COLOUR,
@@ -176,32 +175,59 @@ def _draw_baselines(axes: Axes, rows: Sequence[MethodScores]) -> None:
 
 
 def _draw_curves(canvas: Canvas, group: Group) -> bool:
-    """Task loss over steps: mean of the seeds, and their range."""
-    curves = [(runs, curve) for runs in group.rows if (curve := _loss_curve(runs)) is not None]
+    """Task loss over steps, mean of the seeds and their range; below, that of the baseline on the same rows subtracted.
+
+    A batch's loss says more about its rows than about the method: the difference says what a method has learnt.
+    """
+    curves = {runs.label: found for runs in group.rows if (found := _loss_curves(runs))}
     if not curves:
         return False
-    axes = canvas.add_subplot()
-    styles = method_styles(group)
-    for runs, (steps, losses) in curves:
-        colour, _, line = styles[runs.label]
-        axes.plot(steps, losses.mean(axis=0), color=colour, linestyle=line, linewidth=1.6, label=runs.label)
-        if len(losses) > 1:
-            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    seeds = max(len(losses) for _, (_, losses) in curves)
-    band = f" (mean and range of {seeds} seeds)" if seeds > 1 else ""
-    axes.set(xlabel="training step", ylabel=f"task loss{band}", title=figure_title(group))
-    legend_beside(axes)
+    base = next((runs.label for runs in group.rows if runs.method in BASELINES and runs.label in curves), None)
+    panels = {"task loss": curves}
+    if base is not None and len(curves) > 1:
+        others = {label: loss_gaps(curve, curves[base]) for label, curve in curves.items() if label != base}
+        panels[f"less that of {base}"] = {label: curve for label, curve in others.items() if curve}
+    canvas.set_size_inches(7.2, 1.1 + 3.1 * len(panels))
+    grid = canvas.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, drawn) in zip(grid, panels.items(), strict=True):
+        _draw_seeds(axes, drawn, method_styles(group))
+        seeds = max(map(len, drawn.values()), default=1)
+        axes.set(ylabel=name + (f"\n(mean and range of {seeds} seeds)" if seeds > 1 else ""))
+    grid[0].set(title=figure_title(group))
+    grid[-1].set(xlabel="training step")
+    legend_beside(grid[0])
     return True
 
 
-def _loss_curve(runs: MethodRuns) -> tuple[list[int], NDArray[np.float64]] | None:
-    curves = [{point.step: point.losses["task"] for point in r.curve if "task" in point.losses} for r in runs.finished]
-    curves = [curve for curve in curves if curve]
-    if not curves:
-        return None
-    # Seeds of one protocol log at the same steps; the intersection guards against a record cut short.
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return (steps, np.array([[curve[step] for step in steps] for curve in curves])) if steps else None
+# Seed -> step -> task loss.
+LossCurves = dict[int, dict[int, float]]
+
+
+def _draw_seeds(axes: Axes, curves: Mapping[str, LossCurves], styles: Mapping[str, tuple[str, str, Any]]) -> None:
+    for label, of_seeds in curves.items():
+        # Seeds of one protocol log at the same steps; the intersection guards against a record cut short.
+        steps = sorted(set.intersection(*(set(curve) for curve in of_seeds.values())))
+        losses = np.array([[curve[step] for step in steps] for curve in of_seeds.values()])
+        colour, _, line = styles[label]
+        axes.plot(steps, losses.mean(axis=0), color=colour, linestyle=line, linewidth=1.6, label=label)
+        if len(losses) > 1:
+            axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+
+
+def _loss_curves(runs: MethodRuns) -> LossCurves:
+    curves = {
+        record.cell.seed: {point.step: point.losses["task"] for point in record.curve if "task" in point.losses}
+        for record in runs.finished
+    }
+    return {seed: curve for seed, curve in curves.items() if curve}
+
+
+def loss_gaps(curves: LossCurves, base: LossCurves) -> LossCurves:
+    """Differences at the same seed and step, where the rows are the same."""
+    return {
+        seed: {step: curves[seed][step] - base[seed][step] for step in curves[seed].keys() & base[seed].keys()}
+        for seed in sorted(curves.keys() & base.keys())
+    }
 
 
 def _draw_critical_difference(canvas: Canvas, group: Group) -> bool:

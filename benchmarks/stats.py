@@ -39,7 +39,7 @@ class Difference:
     @property
     def half_width(self) -> float:
         """Half of the 95 % interval. Of a single run it covers the choice of examples only."""
-        return self._half_width(1 - CONFIDENCE)
+        return self.half_width_at(1 - CONFIDENCE)
 
     @property
     def p_value(self) -> float:
@@ -47,21 +47,30 @@ class Difference:
         size = abs(self.estimate)
         if size == 0:
             return 1.0
-        if size >= self._half_width(SMALLEST_P):
+        if size >= self.half_width_at(SMALLEST_P):
             return SMALLEST_P
-        return float(optimize.brentq(lambda level: self._half_width(level) - size, SMALLEST_P, 1.0))
+        return float(optimize.brentq(lambda level: self.half_width_at(level) - size, SMALLEST_P, 1.0))
 
-    def _half_width(self, level: float) -> float:
-        """Root of the sum of squares of the two intervals, Student's over runs and the normal one over examples.
+    def half_width_at(self, level: float) -> float:
+        """Half of the interval that misses with probability `level`."""
+        of_examples = _half_width_of_examples(self.example_variance, level)
+        of_seeds = 0.0 if self.seeds < 2 else _half_width_of_seeds(self.seed_variance, np.array(self.seeds), level)
+        return float(np.hypot(of_seeds, of_examples))
 
-        One t quantile for the sum of both variances, with Satterthwaite's degrees of freedom, covers too rarely: where
-        three runs agree by chance, it takes the runs' part for small and the degrees of freedom for many.
-        """
-        of_examples = stats.norm.isf(level / 2) ** 2 * self.example_variance
-        if self.seeds < 2:
-            return float(np.sqrt(of_examples))
-        of_seeds = stats.t.isf(level / 2, self.seeds - 1) ** 2 * self.seed_variance / self.seeds
-        return float(np.sqrt(of_seeds + of_examples))
+
+# Root of the sum of squares of two intervals. One t quantile for the sum of both variances, with Satterthwaite's
+# degrees of freedom, covers too rarely: where three runs agree by chance, it takes their part for small and the
+# degrees of freedom for many.
+
+
+def _half_width_of_examples(variance: float, level: float) -> float:
+    return float(stats.norm.isf(level / 2) * np.sqrt(variance))
+
+
+def _half_width_of_seeds(variance: float, seeds: NDArray[np.int64], level: float) -> NDArray[np.float64]:
+    """Student's, of the mean over so many runs."""
+    half: NDArray[np.float64] = stats.t.isf(level / 2, seeds - 1) * np.sqrt(variance / seeds)
+    return half
 
 
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -99,20 +108,29 @@ def verdict(difference: Difference, adjusted_p: float, band: float = EQUIVALENCE
     return "undecided"
 
 
-def seeds_to_settle(difference: Difference, band: float = EQUIVALENCE_BAND) -> int | None:
+def seeds_to_settle(difference: Difference, band: float = EQUIVALENCE_BAND, comparisons: int = 1) -> int | None:
     """The number of runs at which an undecided difference would get another verdict, all else as measured.
+
+    Args:
+        difference: as measured.
+        band: of equivalence.
+        comparisons: in the table; the p-value must survive Holm's adjustment wherever it ranks among them.
 
     Returns:
         None when it is unknown (a single run), or when the test examples are too few for any number of runs.
     """
     if difference.seeds < 2:
         return None
-    size = abs(difference.estimate)
-    for seeds in range(2, MAX_SEEDS + 1):
-        half = Difference(size, difference.seed_variance, difference.example_variance, seeds).half_width
-        if half < size or size + half <= band:
-            return seeds
-    return None
+    size, seeds = abs(difference.estimate), np.arange(2, MAX_SEEDS + 1)
+    needed, usual = (
+        np.hypot(
+            _half_width_of_seeds(difference.seed_variance, seeds, level),
+            _half_width_of_examples(difference.example_variance, level),
+        )
+        for level in ((1 - CONFIDENCE) / comparisons, 1 - CONFIDENCE)
+    )
+    settled = seeds[(needed < size) | (size + usual <= band)]
+    return int(settled[0]) if len(settled) else None
 
 
 def expected_best(values: ArrayLike, k: int) -> float:

@@ -19,7 +19,7 @@ from benchmarks import report
 from benchmarks.captions import group_caption, records_hash
 from benchmarks.comparison import comparison_table
 from benchmarks.difference import difference_markdown
-from benchmarks.figures import draw_figures, pareto_front
+from benchmarks.figures import draw_figures, loss_gaps, pareto_front
 from benchmarks.groups import group_records
 from benchmarks.labels import LETTER, LINE, place_labels
 from benchmarks.records import RunRecord, Score, SiteRouting
@@ -391,6 +391,21 @@ def test_outcomes_over_other_examples_are_refused(tmp_path):
     (group,) = group_records(store.all())
     with pytest.raises(RecordError, match="cover other examples of cola"):
         comparison_table(group, store.outcomes, "alpha")
+
+
+def test_curves_less_those_of_the_baseline_on_the_same_rows():
+    base = {0: {1: 0.7, 10: 0.5}, 1: {1: 0.6, 10: 0.9}}
+    # Another seed's rows are others, and so are another step's.
+    gaps = loss_gaps({1: {1: 0.5, 10: 0.4, 20: 0.1}, 2: {1: 0.1}}, base)
+    assert gaps == {1: {1: pytest.approx(-0.1), 10: pytest.approx(-0.5)}}
+
+    def panels(*methods: str) -> int:
+        group = only_group(*(make_record(method)[0] for method in methods))
+        drawn = draw_figures(group)["training-curves"].decode()
+        return len(re.findall(r'id="axes_[0-9]+"', drawn))
+
+    assert panels("head", "alpha", "bravo") == 2
+    assert panels("alpha", "bravo") == panels("head") == 1
 
 
 # ---------------------------------------------------------------------- files

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
 
@@ -143,6 +145,24 @@ def test_seeds_to_settle_is_the_first_number_that_does():
 
     assert needed == next(seeds for seeds in range(2, 1000) if half(seeds) < 0.01)
     assert half(needed) < 0.01 <= half(needed - 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    p_values=st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8),
+    seeds=st.integers(2, 6),
+    examples=st.floats(0.0, 0.01),
+)
+def test_what_is_undecided_needs_more_seeds_than_it_had(p_values, seeds, examples):
+    """Whatever place a row has in Holm's order."""
+    spread = 0.02 / math.sqrt(seeds)
+    gaps = [scipy_stats.t.isf(p / 2, seeds - 1) * spread for p in p_values]
+    measured = [Difference(gap, 0.02**2, examples**2, seeds) for gap in gaps]
+    adjusted = holm([each.p_value for each in measured])
+    for each, p in zip(measured, adjusted, strict=True):
+        if verdict(each, p) == "undecided":
+            needed = seeds_to_settle(each, comparisons=len(measured))
+            assert needed is None or needed > seeds
 
 
 def test_seeds_cannot_settle_what_the_examples_leave_open():
