@@ -107,7 +107,9 @@ class Memory(_Strict):
     """Peak memory of the timing pass."""
 
     peak_bytes: int | None
-    kind: str = Field(description="what was measured: 'CUDA allocator', 'process resident set' or 'not available'")
+    kind: str = Field(
+        description="what was measured: 'CUDA allocator', 'resident set of the process' or 'not available'"
+    )
 
 
 class CurvePoint(_Strict):

@@ -23,6 +23,12 @@ TOLERATED_SHARE = 0.05
 
 DISTURBED = "†"
 
+MEMORY_KINDS = {
+    "process resident set": "resident set of the process, with what its earlier cells had freed and it had not given "
+    "back, so that it grows from cell to cell: no comparison between methods"
+}
+"""What old records called it, and what that was."""
+
 
 class InconsistentRecordsError(ValueError):
     """Runs that should agree (parameter counts of one configuration) do not."""
@@ -197,7 +203,8 @@ def _timing_notes(group: Group) -> tuple[str, ...]:
         f"Timing pass apart from training: steps{shape}, warm-up excluded, device synchronised; median and "
         "percentiles of a run, medians over seeds. Training s: the optimiser steps of the run itself."
     )
-    return apart, f"Peak memory of the timing pass: {', '.join(kinds) or 'not measured'}."
+    told = [MEMORY_KINDS.get(kind, kind) for kind in kinds]
+    return apart, f"Peak memory of the timing pass: {', '.join(told) or 'not measured'}."
 
 
 def _filled(lines: list[dict[str, str]], gap: str) -> pd.DataFrame:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import PeakMemory
+from benchmarks.measure import PeakMemory, return_free_memory
 from benchmarks.timing.clock import Step
 from benchmarks.timing.contestants import Contestant
 from benchmarks.train import synchronise
@@ -98,9 +95,7 @@ def _peak(contestant: Contestant, step: Step, device: torch.device) -> tuple[int
     with step.around():
         step.prepare()
         synchronise(device)
-        gc.collect()
-        if device.type == "cpu":
-            _return_free_memory()
+        return_free_memory(device)
         peak = PeakMemory(device)
         peak.reset()
         before = peak.read()
@@ -110,11 +105,3 @@ def _peak(contestant: Contestant, step: Step, device: torch.device) -> tuple[int
     if before.peak_bytes is None or after.peak_bytes is None:
         return None, after.kind
     return after.peak_bytes - before.peak_bytes, after.kind
-
-
-def _return_free_memory() -> None:
-    """Hand freed memory back to the system: a step that fills it again would not show in the resident set."""
-    library: Any = ctypes.CDLL(None)
-    trim = getattr(library, "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
