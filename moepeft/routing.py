@@ -25,16 +25,39 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)
 
 
+def token_shares(
+    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows positions"] | None
+) -> Float[Tensor, "rows tokens"]:
+    """Each token's weight in the mean of its row's real ones; a row of padding alone has zeros."""
+    if mask is None:
+        tokens = x.shape[1:-1].numel()
+        return x.new_full((x.shape[0], tokens), 1 / max(1, tokens))
+    weight = mask.to(x.dtype)
+    return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 def row_mean(
     x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows positions"] | None
 ) -> Float[Tensor, "rows d"]:
     """Mean of each row over its real positions; a row of padding alone gives zeros."""
     if x.dim() == 2:
         return x
-    if mask is None:
-        return x.flatten(1, -2).mean(dim=1)
-    weight = mask.to(x.dtype)
-    return torch.einsum("bs,bsd->bd", weight, x) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    mean: Tensor = _WeightedSum.apply(x.flatten(1, -2), token_shares(x, mask))  # type: ignore[no-untyped-call]
+    return mean
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum of each row's tokens, weighted. Autograd's own backward is a product with one inner index: slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return (weight.unsqueeze(1) @ x).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return weight.unsqueeze(2) * gradient.unsqueeze(1), None
 
 
 def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:

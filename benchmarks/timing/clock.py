@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from benchmarks.measure import keep_free_memory
 from benchmarks.records import Quantiles
 from benchmarks.seeds import generator
 from benchmarks.train import synchronise
@@ -70,6 +71,7 @@ def interleave(steps: Sequence[Step], *, warmup: int, repeats: int, device: torc
         raise ValueError(f"steps must have different labels, got {labels}")
     marks: dict[str, list[Mark]] = {label: [] for label in labels}
     failures: dict[str, Exception] = {}
+    keep_free_memory(device)
     with collecting_between_rounds():
         for number in range(warmup + repeats):
             gc.collect()  # what a round leaves behind is not collected within a later step

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moepeft.context import SiteContext
@@ -56,9 +56,9 @@ from moepeft.methods._common import (
     row_summary,
     uniform,
 )
-from moepeft.methods._pyramid import add_channel_update, add_kronecker_update, residues
+from moepeft.methods._pyramid import Places, add_channel_update, add_kronecker_update, branches, places
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, top_k_gates
+from moepeft.routing import contrastive_task_loss, first_position, token_shares, top_k_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,15 +226,21 @@ class EPTAdapter(nn.Module):
             for s in config.scales
         )
         by_scale = sorted(range(len(config.kernels)), key=config.kernels.__getitem__)
-        self.register_buffer("by_scale", torch.tensor(by_scale), persistent=False)
+        in_order = by_scale == list(range(len(by_scale)))
+        self.register_buffer("by_scale", None if in_order else torch.tensor(by_scale), persistent=False)
         self.task_embedding = nn.Parameter(normal((config.num_tasks, i), 0.01))
         self.gate = nn.Linear(i, len(config.kernels), bias=config.gate_bias)
         widest = o // smallest
         factors = [(o // s) / widest if config.dimension_scale else 1.0 for s in config.kernels]
         self.register_buffer("expert_scale", self.scale * torch.tensor(factors), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
+        if config.operator == "kronecker":
+            kernels, widths = [(config.kernels.count(s), s) for s in config.scales], (i, o)
+            where = places(kernels, (i // smallest, o // smallest), widths, config.common_scale)
+            for name, indices in where._asdict().items():
+                self.register_buffer(f"places_{name}", indices, persistent=False)
 
-    by_scale: Tensor
+    by_scale: Tensor | None
     expert_scale: Tensor
 
     def expert_weights(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
@@ -251,40 +257,48 @@ class EPTAdapter(nn.Module):
 
     def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor) -> Float[Tensor, "rows *n o"]:
         """Sum over experts of gate times W_e x; gates are (rows, experts) or (rows, *n, experts)."""
-        return self.add_update(x.new_zeros(*x.shape[:-1], self.out_features), x, gates)
+        nothing = x.new_zeros(*x.shape[:-1], self.out_features)
+        read = x if self.config.operator == "channel" else branches(x, gates, self.config.common_scale)[1]
+        return self._add_update(nothing, read, gates)
 
-    def add_update(self, y: Tensor, x: Tensor, gates: Tensor, apart: Tensor | None = None) -> Tensor:
-        """y plus `update`; `apart` is ``residues(x)`` if it is there already, as for k and v after q."""
-        weights = (gates * self.expert_scale).index_select(-1, self.by_scale)
+    def _branches(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the frozen layer, the update and, if there is one, the loss read of the input."""
         if self.config.operator == "channel":
-            return add_channel_update(y, x, weights, self.A, self.B, list(self.kernels))
-        apart = residues(x, self.config.common_scale) if apart is None else apart
-        return add_kronecker_update(y, apart, weights, self.A, self.B, list(self.kernels))
+            return x, x, row_summary(x, ctx, self.config.anchor) if self._wants_loss else None
+        shares = token_shares(x, ctx.mask(x)) if self._wants_loss and self.config.anchor == "mean" else None
+        for_base, for_update, mean = branches(x, gates, self.config.common_scale, shares)
+        return for_base, for_update, first_position(x) if self._wants_loss and shares is None else mean
+
+    def _add_update(self, y: Tensor, branch: Tensor, gates: Tensor) -> Tensor:
+        weights = gates * self.expert_scale
+        if self.by_scale is not None:
+            weights = weights.index_select(-1, self.by_scale)
+        if self.config.operator == "channel":
+            return add_channel_update(y, branch, weights, self.A, self.B, list(self.kernels))
+        where = Places(*(getattr(self, f"places_{name}") for name in Places._fields))
+        return add_kronecker_update(y, branch, weights, self.A, self.B, list(self.kernels), where)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
-        y = base(x)
         tasks = ctx.tasks(x.shape[0]) if self.config.routing == "task" or self._wants_loss else None
         if self.config.routing == "token":
             gates = self.expert_weights(x)
         else:
-            gates = self.expert_weights(self.task_embedding)[tasks]
-        ctx.stat("gates", gates)
-        if self._wants_loss:
             assert tasks is not None
-            self._record_loss(x, tasks, ctx)
-        kept, apart = self.dropout(x), None
-        if self.config.operator == "kronecker":
-            apart = ctx.of_input("residues", kept, lambda: residues(kept, self.config.common_scale))
-        return self.add_update(y, kept, gates, apart)
+            gates = self.expert_weights(self.task_embedding).index_select(0, tasks)
+        ctx.stat("gates", gates)
+        # Made once for q, k and v.
+        for_base, for_update, summary = ctx.of_input("branches", x, lambda: self._branches(x, gates, ctx))
+        if summary is not None:
+            assert tasks is not None
+            loss = contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature)
+            ctx.loss("contrastive", loss)
+        # To drop features before or after they are sorted is the same.
+        return self._add_update(base(for_base), self.dropout(for_update), gates)
 
     @property
     def _wants_loss(self) -> bool:
         return self.training and self.config.contrastive > 0
-
-    def _record_loss(self, x: Tensor, tasks: Int[Tensor, "rows"], ctx: SiteContext) -> None:
-        summary = row_summary(x, ctx, self.config.anchor)
-        ctx.loss("contrastive", contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature))
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """The task's update as a matrix: what `update` does to the unit vectors."""

@@ -15,7 +15,7 @@ import moepeft
 from benchmarks.planning import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods._pyramid import add_kronecker_update, collect, residues, spread
+from moepeft.methods._pyramid import add_kronecker_update, branches, collect, places, spread
 from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
@@ -38,7 +38,8 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
     expected = F.linear(x[..., : m * size], dense)
     for weights in (torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 3, 1, dtype=torch.float64)):
         nothing = x.new_zeros(2, 3, h * size + extra % size)
-        update = add_kronecker_update(nothing, residues(x, size), weights, A, B, [kernel[None]])
+        where = places([(1, size)], (m, h), (x.shape[-1], nothing.shape[-1]), size)
+        update = add_kronecker_update(nothing, branches(x, weights, size)[1], weights, A, B, [kernel[None]], where)
         assert torch.allclose(update, F.pad(expected, (0, extra % size)), atol=1e-10)
 
 
@@ -47,16 +48,17 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
 def test_spread_seeds_are_kronecker_products(scales: list[int], width: int, rank: int) -> None:
     """`spread` against torch.kron, and `collect` against what autograd makes of the same products."""
     seed = torch.randn(rank, width // min(scales), dtype=torch.float64, requires_grad=True)
+    where = places([(1, m) for m in scales], (seed.shape[1], seed.shape[1]), (width, width), 1)
     eyes = [torch.eye(m, dtype=torch.float64) for m in scales]
     products = [
-        F.pad(torch.kron(seed[:, : width // m], eye), (0, width % m)).view(rank, m, width)
+        F.pad(torch.kron(seed[:, : width // m], eye), (0, width % m)).view(rank, m, width).transpose(0, 1)
         for m, eye in zip(scales, eyes, strict=True)
     ]
-    expected = torch.cat(products, dim=1).flatten(0, 1)
-    assert torch.equal(spread(seed, scales, width), expected)
+    expected = torch.cat(products).flatten(0, 1)
+    assert torch.equal(spread(seed.T, where.down), expected)
     cotangent = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad((expected * cotangent).sum(), seed)
-    assert torch.allclose(collect(cotangent, scales, seed.shape), gradient, atol=1e-12)
+    assert torch.allclose(collect(cotangent, where.down_back).T, gradient, atol=1e-12)
 
 
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
@@ -66,17 +68,20 @@ def test_ept_update_differentiates(tokens: bool, widths: tuple[int, int]) -> Non
     i, o = widths
     shapes = [
         (2, 3, o),
-        (2, 3, 2, i // 2),
+        (2, 3, i),
         (2, 3, 5) if tokens else (2, 5),
         (2, i // 2),
         (o // 2, 2),
         (3, 2, 2),
         (2, 4, 4),
     ]
+    where = places([(3, 2), (2, 4)], (i // 2, o // 2), widths, 2)
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
-    def update(y: Tensor, apart: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
-        return add_kronecker_update(y, apart, weights, A, B, kernels)
+    def update(y: Tensor, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
+        x, apart, mean = branches(x, weights, 2, torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=x.dtype))
+        assert mean is not None
+        return add_kronecker_update(y + x.square().sum(), apart, weights, A, B, kernels, where) * mean.square().sum()
 
     assert torch.autograd.gradcheck(update, leaves)
     (first,) = torch.autograd.grad(update(*leaves).square().sum(), leaves[3], create_graph=True)
