@@ -8,7 +8,7 @@ The Kronecker operator is three products. Let g divide all scales and m = s / g.
 g, A (x) I_s acts as A (x) I_m; of all scales these stand below each other in `down`, and the B (x) I_m in `up`: r M
 rows, M the sum of the m. Between the two, a row's gated kernels are one block diagonal matrix of S = g M columns, a
 block per scale. To have residues apart halves the operations (g = 2), for a copy of what comes in and one of what goes
-out.
+out. In rank space tokens come last, (g, M, r, tokens): the S = g M rows that a row's kernels mix, as they multiply.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEW_TOKENS = 16
 
 def add_kronecker_update(
     y: Float[Tensor, "rows *n out"],
-    apart: Float[Tensor, "groups tokens g i_g"],
+    apart: Float[Tensor, "groups g tokens i_g"],
     weights: Float[Tensor, "*some experts"],
     A: Float[Tensor, "r i_s"],
     B: Float[Tensor, "o_s r"],
@@ -74,7 +74,7 @@ class _KroneckerUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         apart, weights, down, up, bank, low, down_back, up_back, bank_back = ctx.saved_tensors
-        groups, tokens, g, _ = apart.shape
+        groups, g, tokens, _ = apart.shape
         with torch.autocast(device_type=grad.device.type, enabled=False):
             kernel = mixing(weights, bank).to(low.dtype)
             of_update = residues(grad.to(low.dtype).reshape(groups, tokens, -1), g)
@@ -83,7 +83,7 @@ class _KroneckerUpdate(torch.autograd.Function):
             of_up = of_factor(mix(kernel, low), of_update)
             of_low = mix(kernel.mT, of_mixed)
             of_down = of_factor(of_low, apart)
-            of_apart = out_of_rank_space(of_low, down).transpose(1, 2) if ctx.needs_input_grad[1] else None
+            of_apart = out_of_rank_space(of_low, down) if ctx.needs_input_grad[1] else None
             flat = groups, bank.shape[-1], -1
             of_kernel = (of_mixed.view(flat) @ low.view(flat).mT).flatten(1).to(weights.dtype)
             of_weights = of_kernel @ bank.flatten(1).T
@@ -105,30 +105,28 @@ def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k toke
 
 
 def into_rank_space(
-    apart: Float[Tensor, "groups tokens g d_g"], factor: Float[Tensor, "k d_g"]
+    apart: Float[Tensor, "groups g tokens d_g"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g k tokens"]:
     """`factor` applied to every token's residues; tokens last, so that `mix` reads and writes them where they are."""
-    if apart.shape[1] < FEW_TOKENS:
-        return F.linear(apart, factor).permute(0, 2, 3, 1).contiguous()
-    factors = factor.expand(len(apart), -1, -1)
-    return torch.stack([torch.bmm(factors, residue.mT) for residue in apart.unbind(2)], dim=1)
+    if apart.shape[2] < FEW_TOKENS:
+        return F.linear(apart, factor).mT.contiguous()
+    stack = apart.flatten(0, 1)
+    return torch.bmm(factor.expand(len(stack), -1, -1), stack.mT).view(*apart.shape[:2], -1, apart.shape[2])
 
 
 def out_of_rank_space(
     low: Float[Tensor, "groups g k tokens"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g tokens d_g"]:
     """The transposed `factor` applied to every token."""
-    if low.shape[3] < FEW_TOKENS:
-        return (low.permute(0, 3, 1, 2).contiguous() @ factor).transpose(1, 2)
-    return low.mT @ factor
+    return (low.mT.contiguous() if low.shape[3] < FEW_TOKENS else low.mT) @ factor
 
 
 def of_factor(
-    low: Float[Tensor, "groups g k tokens"], apart: Float[Tensor, "groups tokens g d_g"]
+    low: Float[Tensor, "groups g k tokens"], apart: Float[Tensor, "groups g tokens d_g"]
 ) -> Float[Tensor, "k d_g"]:
     """Sum over tokens of outer products, as the factors' gradients are."""
     # This way round the product is faster than the other.
-    return (apart.flatten(0, 2).T @ low.permute(0, 3, 1, 2).reshape(-1, low.shape[2])).T
+    return (apart.flatten(0, 2).T @ low.mT.reshape(-1, low.shape[2])).T
 
 
 class Places(NamedTuple):
@@ -205,7 +203,7 @@ def branches(
     weights: Float[Tensor, "*some experts"],
     g: int,
     summed: Float[Tensor, "rows tokens"] | None = None,
-) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "groups tokens g d_g"], Float[Tensor, "rows d"] | None]:
+) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "groups g tokens d_g"], Float[Tensor, "rows d"] | None]:
     """What reads a site's input: the frozen layer, the update, and a sum over a row's tokens.
 
     Args:
@@ -235,21 +233,22 @@ class _Branches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, of_apart: Tensor, of_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         (summed,) = ctx.saved_tensors
-        of_x = add_together(grad, of_apart.transpose(1, 2))
+        of_x = add_together(grad, of_apart)
         if summed is not None and of_sum is not None:
             of_x.view(*summed.shape, -1).addcmul_(summed.unsqueeze(2), of_sum.unsqueeze(1))
         return of_x, None, None, None
 
 
-def residues(x: Float[Tensor, "groups tokens d"], g: int) -> Float[Tensor, "groups tokens g d_g"]:
+def residues(x: Float[Tensor, "groups tokens d"], g: int) -> Float[Tensor, "groups g tokens d_g"]:
     """The features of each residue mod `g` beside each other; what is left of `d` over a multiple of `g` is dropped."""
-    x = x[..., : x.shape[-1] // g * g]
+    groups, tokens, width = x.shape[0], x.shape[1], x.shape[2] // g
+    x = x[..., : width * g]
     if not _eager_on_cpu(x):
-        return x.reshape(*x.shape[:2], x.shape[2] // g, g).mT.contiguous()
-    # Tokens as positions of an image, features as its channels: the same, as fast as a copy in order.
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    shuffled = torch.channel_shuffle(image, max(1, x.shape[-1] // g))
-    return shuffled.permute(0, 2, 3, 1).reshape(*x.shape[:2], g, -1)
+        return x.reshape(groups, tokens, width, g).permute(0, 3, 1, 2).contiguous()
+    # As if groups were an image's positions, and their tokens' features its channels: as fast as a copy in order.
+    image = x.reshape(1, groups, 1, tokens * width * g).permute(0, 3, 1, 2)
+    shuffled = torch.channel_shuffle(image, max(1, tokens * width))
+    return shuffled.permute(0, 2, 3, 1).reshape(groups, g, tokens, width)
 
 
 def add_together(y: Float[Tensor, "*n d"], apart: Float[Tensor, "groups g tokens d_g"]) -> Float[Tensor, "*n d"]:

@@ -15,12 +15,21 @@ import moepeft
 from benchmarks.planning import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods._pyramid import add_kronecker_update, branches, collect, places, spread
+from moepeft.methods._pyramid import (
+    add_kronecker_update,
+    add_together,
+    branches,
+    collect,
+    places,
+    residues,
+    spread,
+)
 from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
 from moepeft.registry import METHODS, ablations
+from moepeft.routing import row_mean
 from tests.hosts import batch, build, output
 
 
@@ -59,6 +68,27 @@ def test_spread_seeds_are_kronecker_products(scales: list[int], width: int, rank
     cotangent = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad((expected * cotangent).sum(), seed)
     assert torch.allclose(collect(cotangent, where.down_back).T, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("g", [1, 2, 3])
+@pytest.mark.parametrize("width", [12, 13])
+def test_features_are_sorted_by_residue_and_put_back(width: int, g: int, dtype: torch.dtype) -> None:
+    """torch's channel shuffle and complex numbers against features picked one residue after the other."""
+    x, y = torch.randn(2, 3, 5, width, dtype=dtype)
+    whole = width // g * g
+    apart = residues(x, g)
+    assert torch.equal(apart, torch.stack([x[..., k:whole:g] for k in range(g)], dim=1))
+    assert torch.equal(add_together(y, apart), y + F.pad(x[..., :whole], (0, width - whole)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_row_mean_differentiates(masked: bool) -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool() if masked else None
+    assert torch.autograd.gradcheck(lambda x: row_mean(x, mask), x)
+    means = [x[0].mean(0), x[1, 0], torch.zeros(5)] if masked else list(x.mean(1))
+    assert torch.allclose(row_mean(x, mask), torch.stack(means), atol=1e-14)
 
 
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -435,6 +438,21 @@ def test_a_table_of_its_own_for_what_does_not_compare() -> None:
     ]
     assert stems == ["speed-minilm", "speed-minilm-bf16", "speed-minilm-compile", "speed-minilm-2layers"]
     assert resolve(speed.Options(grow="rank")).stem == "speed-growth-768x768"
+
+
+def test_kept_memory_costs_no_page_faults():
+    """In a process of its own: what is set stays set."""
+    lines = (
+        "import resource, torch",
+        "from benchmarks.measure import keep_free_memory",
+        "keep_free_memory(torch.device('cpu'))",
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+        "for _ in range(3): before = faults(); torch.empty(10_000_000).fill_(1)",
+        "print(faults() - before)",
+    )
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    if platform.libc_ver()[0] == "glibc":  # the only one that can be told; 40 MB are 10,000 pages
+        assert int(found.stdout) < 1000
 
 
 def test_memory_that_others_freed_is_nobodys_peak():
