@@ -74,9 +74,11 @@ def contrastive_task_loss(
     """Cross entropy over tasks of the cosine between a row's summary and each task embedding, over `temperature`."""
     wide = torch.promote_types(table.dtype, torch.float32)
     with torch.autocast(device_type=summary.device.type, enabled=False):
-        rows = F.normalize(summary.to(wide), dim=-1)
-        embeddings = F.normalize(table.to(wide), dim=-1)
-        return F.cross_entropy(rows @ embeddings.T / temperature, tasks)
+        # Together, since at this size the number of kernels is what costs.
+        rows, embeddings = F.normalize(torch.cat((summary.to(wide), table.to(wide))), dim=-1).tensor_split(
+            [len(summary)]
+        )
+        return F.cross_entropy(rows @ (embeddings.T / temperature), tasks)
 
 
 def load_counts(
