@@ -447,12 +447,15 @@ def test_kept_memory_costs_no_page_faults():
         "from benchmarks.measure import keep_free_memory",
         "keep_free_memory(torch.device('cpu'))",
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
-        "for _ in range(3): before = faults(); torch.empty(10_000_000).fill_(1)",
+        "before = faults()",
+        "for _ in range(20): torch.empty(10_000_000).fill_(1)",
         "print(faults() - before)",
     )
     found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    if platform.libc_ver()[0] == "glibc":  # the only one that can be told; 40 MB are 10,000 pages
-        assert int(found.stdout) < 1000
+    if platform.libc_ver()[0] == "glibc":  # the only one that can be told
+        # 40 MB are 10,000 pages, which are touched once for each place that the heap finds for them, a few at most;
+        # given back each time, they would be 200,000 faults.
+        assert int(found.stdout) < 60_000
 
 
 def test_memory_that_others_freed_is_nobodys_peak():
