@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import MissingRouting
@@ -117,8 +117,8 @@ class SiteContext:
         ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
         return ids if ids.shape[0] == rows else ids.repeat_interleave(rows // ids.shape[0], dim=0)
 
-    def mask(self, x: Tensor) -> Bool[Tensor, "rows positions"] | None:
-        """Which positions of the input `x` (rows, positions, features) are real tokens; None when nothing is padding.
+    def mask(self, x: Float[Tensor, "rows *positions d"]) -> Bool[Tensor, "rows tokens"] | None:
+        """Which of the positions of the input `x`, counted through, are real tokens; None when nothing is padding.
 
         Under a key-value cache the mask covers the past as well: its last columns belong to `x`.
 
@@ -128,12 +128,13 @@ class SiteContext:
         mask = self.runtime.masks.get(self.site.stream)
         if mask is None or x.dim() < 3:
             return None
-        if mask.dim() != 2 or mask.shape[1] < x.shape[1] or x.shape[0] % mask.shape[0]:
+        tokens = x.shape[1:-1].numel()
+        if mask.dim() != 2 or mask.shape[1] < tokens or x.shape[0] % mask.shape[0]:
             raise MissingRouting(
                 f"site {self.site.name!r} needs a padding mask of shape (rows, positions) for an input of shape "
                 f"{tuple(x.shape)}, got attention_mask of shape {tuple(mask.shape)}"
             )
-        mask = mask[:, mask.shape[1] - x.shape[1] :].bool()
+        mask = mask[:, mask.shape[1] - tokens :].bool()
         return mask if mask.shape[0] == x.shape[0] else mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
 
     @property

@@ -26,7 +26,7 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def token_shares(
-    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows positions"] | None
+    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows tokens"] | None
 ) -> Float[Tensor, "rows tokens"]:
     """Each token's weight in the mean of its row's real ones; a row of padding alone has zeros."""
     if mask is None:
@@ -37,7 +37,7 @@ def token_shares(
 
 
 def row_mean(
-    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows positions"] | None
+    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows tokens"] | None
 ) -> Float[Tensor, "rows d"]:
     """Mean of each row over its real positions; a row of padding alone gives zeros."""
     if x.dim() == 2:
@@ -84,7 +84,7 @@ def contrastive_task_loss(
 def load_counts(
     probabilities: Float[Tensor, "rows *positions experts"],
     choices: Int[Tensor, "rows *positions k"],
-    mask: Bool[Tensor, "rows positions"] | None,
+    mask: Bool[Tensor, "rows tokens"] | None,
 ) -> Float[Tensor, "3 experts"]:
     """What a load-balancing loss is made of, as sums over real tokens, so that layers can be pooled or averaged.
 
@@ -92,11 +92,11 @@ def load_counts(
         Per expert: how many choices fell on it (no gradient), the sum of its probabilities, the number of tokens.
     """
     experts = probabilities.shape[-1]
-    chosen = F.one_hot(choices, experts).sum(dim=-2).to(probabilities.dtype)
-    weight = torch.ones_like(probabilities[..., :1]) if mask is None else mask.to(probabilities.dtype).unsqueeze(-1)
-    dims = tuple(range(probabilities.dim() - 1))
+    probabilities = probabilities.flatten(0, -2)
+    chosen = F.one_hot(choices.flatten(0, -2), experts).sum(dim=-2).to(probabilities.dtype)
+    weight = torch.ones_like(probabilities[:, :1]) if mask is None else mask.to(probabilities.dtype).reshape(-1, 1)
     tokens = weight.sum().expand(experts)
-    return torch.stack(((chosen * weight).sum(dims).detach(), (probabilities * weight).sum(dims), tokens))
+    return torch.stack(((chosen * weight).sum(0).detach(), (probabilities * weight).sum(0), tokens))
 
 
 def has_processes() -> bool:

@@ -39,12 +39,12 @@ def add_kronecker_update(
 
     Args:
         y: what the update is added to; stays where no scale reaches.
-        apart: of `branches`.
-        weights: of the experts, the same.
+        apart: x, taken apart by `branches`.
+        weights: of the experts, those that `branches` was given.
         A: the widest seed.
         B: the widest seed.
         kernels: per scale.
-        where: they stand: `places`.
+        where: what `places` gives for this site.
     """
     device = apart.device.type
     if torch.is_autocast_enabled(device):
@@ -220,6 +220,8 @@ def branches(
 
 
 class _Branches(torch.autograd.Function):
+    """Three results, so that their gradients meet here and are added where they are made."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, leading: int, g: int, summed: Tensor | None
@@ -227,7 +229,7 @@ class _Branches(torch.autograd.Function):
         ctx.save_for_backward(summed)
         groups = x.flatten(0, leading - 1)
         apart = residues(groups.flatten(1, -2) if groups.dim() > 2 else groups.unsqueeze(1), g)
-        return x, apart, None if summed is None else (summed.unsqueeze(1) @ x.view(*summed.shape, -1)).squeeze(1)
+        return x, apart, None if summed is None else (summed.unsqueeze(1) @ x.reshape(*summed.shape, -1)).squeeze(1)
 
     @staticmethod
     @once_differentiable

@@ -196,7 +196,7 @@ def _batch_mean(x: Tensor, mask: Tensor | None) -> Float[Tensor, "1 i"]:
     if mask is None:
         return x.flatten(0, -2).mean(dim=0, keepdim=True)
     weight = mask.to(x.dtype)
-    return torch.einsum("bs,bsd->d", weight, x)[None] / weight.sum().clamp(min=1)
+    return torch.einsum("bs,bsd->d", weight, x.flatten(1, -2))[None] / weight.sum().clamp(min=1)
 
 
 def dense_update(

@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
 
 
 class Stack(nn.Module):
-    """Such networks one after the other."""
+    """Such networks one after the other. As in a transformer each reads normalised features: numbers stay near 1."""
 
     def __init__(self, depth: int, width: int, inner: int, *, gated: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         for layer in self.layers:
-            x = x + layer(x)
+            x = x + layer(F.normalize(x, dim=-1))
         return x
 
 
@@ -138,6 +138,7 @@ def cases(draw: st.DrawFn, name: str) -> dict[str, Any]:
         "rows": st.integers(1, 5),
         "length": st.integers(1, 6) | st.integers(15, 17),  # EPT multiplies rows of 16 tokens and more one by one
         "masked": st.booleans(),
+        "grid": st.booleans(),  # positions have two axes, and in memory the second comes first
         "seed": st.integers(0, 2**31),
     }
     return {"config": draw(FIELDS[name]), **draw_all(draw, shape)}
@@ -157,13 +158,16 @@ def run(model: nn.Module, adapters: moepeft.Attachment, inputs: dict[str, Tensor
 
 def case_inputs(case: dict[str, Any], *, several_tasks: bool) -> dict[str, Tensor]:
     rows, length = case["rows"], case["length"]
-    inputs = {"x": torch.randn(rows, length, case["width"])}
-    inputs["task_ids"] = torch.randint(0, TASKS, (rows, 2) if several_tasks else (rows,))
+    if case["grid"]:
+        x, positions = torch.randn(rows, length, 2, case["width"]).transpose(1, 2), 2 * length
+    else:
+        x, positions = torch.randn(rows, length, case["width"]), length
+    inputs = {"x": x, "task_ids": torch.randint(0, TASKS, (rows, 2) if several_tasks else (rows,))}
     if several_tasks:
         inputs["task_ids"][::2, 1] = -1  # rows of one task among rows of two
     if case["masked"]:
-        real = torch.randint(1, length + 1, (rows, 1))
-        inputs["attention_mask"] = (torch.arange(length) < real).long()
+        real = torch.randint(1, positions + 1, (rows, 1))
+        inputs["attention_mask"] = (torch.arange(positions) < real).long()
     return inputs
 
 
@@ -189,7 +193,9 @@ def compare(name: str, case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
         for parameter in fast.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     naive.load_state_dict(fast.state_dict())
-    return run(models[0], fast, inputs), run(models[1], naive, inputs)
+    found = run(models[0], fast, inputs)
+    in_order = {**inputs, "x": inputs["x"].flatten(1, -2)}  # what a naive path reads
+    return {**found, **{what: found[what].flatten(1, -2) for what in ("output", "x")}}, run(models[1], naive, in_order)
 
 
 @pytest.mark.parametrize("name", NAIVE)
@@ -219,6 +225,7 @@ def test_the_cases_reach_every_parameter(name: str) -> None:
         "rows": 12,
         "length": 6,
         "masked": True,
+        "grid": False,
         "seed": 1,
     }
     fast, naive = compare(name, case)
