@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,7 @@ class Attachment:
         """
         losses = {}
         for name, terms in self.runtime.losses.items():
-            value = self.factory.aux_loss(
-                name, [term.float() if term.dtype.itemsize < 4 else term for term in terms.values()]
-            )
+            value = self.factory.aux_loss(name, [_widened(term) for term in terms.values()])
             if self.runtime.grad_expected and not value.requires_grad:
                 raise AuxLossDetached(
                     f"the auxiliary loss {name!r} has no gradient although the model is training: reentrant gradient "
@@ -268,3 +267,7 @@ def attachment(model: nn.Module) -> Attachment:
     if not hasattr(model, ENTRY):
         raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
     return Attachment(model)
+
+
+def _widened(term: Any) -> Any:
+    return term.float() if isinstance(term, Tensor) and term.dtype.itemsize < 4 else term

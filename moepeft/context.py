@@ -36,7 +36,7 @@ class Runtime:
         begun_by: the module whose call is under way, None between calls.
         continues: the current call continues an earlier one (cached decoding, decoder after a separate encoder call).
         grad_expected: whether autograd was on and the model training when the current forward began.
-        losses: loss name -> site name -> recorded term.
+        losses: loss name -> site name -> recorded term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
         stats: site name -> routing statistics, filled only while `recording`.
         recording: statistics are wanted.
@@ -51,7 +51,7 @@ class Runtime:
     begun_by: nn.Module | None = None
     continues: bool = False
     grad_expected: bool = False
-    losses: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     recording: bool = False
@@ -142,8 +142,13 @@ class SiteContext:
         """Whether this forward continues an earlier one (`Runtime.continues`)."""
         return self.runtime.continues
 
-    def loss(self, name: str, term: Tensor) -> None:
-        """Record this site's term of an auxiliary loss. Keyed by site, so a recomputation overwrites it."""
+    def loss(self, name: str, term: Any) -> None:
+        """Record this site's term of an auxiliary loss. Keyed by site, so a recomputation overwrites it.
+
+        Args:
+            name: of the loss.
+            term: what the method's `aux_loss` combines: a tensor, or what it needs to compute all sites' at once.
+        """
         self.runtime.losses.setdefault(name, {})[self.site.name] = term
 
     @property

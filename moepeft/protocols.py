@@ -153,6 +153,9 @@ class AdapterFactory(Protocol):
         """Trainable parameters over `sites` in closed form, shared ones included."""
         ...
 
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
-        """Combine what the sites recorded under `name` to the scalar that is added to the training loss."""
+    def aux_loss(self, name: str, terms: Sequence[Any]) -> Tensor:
+        """Combine what the sites recorded under `name` to the scalar that is added to the training loss.
+
+        Each a tensor, in float32 at least, or whatever else the method's adapters give to `SiteContext.loss`.
+        """
         ...

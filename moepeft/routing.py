@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,20 +66,43 @@ def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows
     return x if x.dim() == 2 else x.flatten(1, -2)[:, 0]
 
 
-def contrastive_task_loss(
-    summary: Float[Tensor, "rows d"],
-    table: Float[Tensor, "tasks d"],
-    tasks: Int[Tensor, "rows"],
-    temperature: float,
-) -> Float[Tensor, ""]:
-    """Cross entropy over tasks of the cosine between a row's summary and each task embedding, over `temperature`."""
-    wide = torch.promote_types(table.dtype, torch.float32)
-    with torch.autocast(device_type=summary.device.type, enabled=False):
-        # Together, since at this size the number of kernels is what costs.
-        rows, embeddings = F.normalize(torch.cat((summary.to(wide), table.to(wide))), dim=-1).tensor_split(
-            [len(summary)]
-        )
-        return F.cross_entropy(rows @ (embeddings.T / temperature), tasks)
+class ContrastiveTerm(NamedTuple):
+    """What a site gives to the contrastive loss of a forward.
+
+    Attributes:
+        summary: of each row.
+        table: task embeddings.
+        tasks: of the rows.
+    """
+
+    summary: Float[Tensor, "rows d"]
+    table: Float[Tensor, "tasks d"]
+    tasks: Int[Tensor, "rows"]
+
+
+def contrastive_task_loss(terms: Sequence[ContrastiveTerm], temperature: float) -> Float[Tensor, ""]:
+    """Cross entropy over tasks of the cosine between a row's summary and each task embedding, over `temperature`.
+
+    The mean over rows, then over sites. Sites of one shape are computed together: one by one, dozens of kernels on
+    tensors this small would cost more than what they compute.
+
+    Args:
+        terms: of all sites of one forward, whose rows have the same tasks.
+        temperature: what cosines are divided by.
+    """
+    alike: dict[Any, list[ContrastiveTerm]] = {}
+    for term in terms:
+        alike.setdefault(tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in term[:2]), []).append(term)
+    sums = []
+    for group in alike.values():
+        summaries, tables = torch.stack([term.summary for term in group]), torch.stack([term.table for term in group])
+        wide = torch.promote_types(tables.dtype, torch.float32)
+        with torch.autocast(device_type=tables.device.type, enabled=False):
+            cosines = F.normalize(summaries.to(wide), dim=-1) @ F.normalize(tables.to(wide), dim=-1).mT
+            tasks = group[0].tasks.repeat(len(group))
+            losses = F.cross_entropy((cosines / temperature).flatten(0, 1), tasks, reduction="sum")
+        sums.append(losses / len(group[0].tasks))
+    return torch.stack(sums).sum() / len(terms)
 
 
 def load_counts(

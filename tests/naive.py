@@ -55,6 +55,9 @@ class NaiveEPT(EPT):
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         return NaiveEPTAdapter(site, self)
 
+    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+        return self.contrastive * torch.stack(list(terms)).mean()
+
 
 class NaiveEPTAdapter(EPTAdapter):
     """Each expert multiplies the tokens that chose it by its dense W_e."""
@@ -144,6 +147,9 @@ class NaiveMoRE(MoRE):
 
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         return NaiveMoREAdapter(site, self)
+
+    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+        return self.contrastive * torch.stack(list(terms)).mean()
 
 
 class NaiveMoREAdapter(MoREAdapter):

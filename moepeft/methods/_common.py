@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
-from moepeft.routing import first_position, row_mean
+from moepeft.routing import ContrastiveTerm, first_position, row_mean
 
 
 def check_count(method: str, field: str, value: Any, *, low: int = 1, high: int | None = None, hint: str = "") -> None:
@@ -58,6 +58,16 @@ def row_summary(x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str) ->
     if anchor == "first":
         return first_position(x)
     return ctx.of_input("row_mean", x, lambda: row_mean(x, ctx.mask(x)))
+
+
+def record_contrastive(
+    ctx: SiteContext, summary: Float[Tensor, "rows d"], table: Float[Tensor, "tasks d"], tasks: Int[Tensor, "rows"]
+) -> None:
+    """Record a site's term of `moepeft.routing.contrastive_task_loss`."""
+    if not torch.is_grad_enabled():  # reentrant checkpointing: a view of the input would not show it
+        summary = summary.detach()
+    # A copy: a sharded parameter is whole only while its layer runs.
+    ctx.loss("contrastive", ContrastiveTerm(summary, table.clone(), tasks))
 
 
 def normal(shape: tuple[int, ...], std: float) -> Tensor:

@@ -53,12 +53,13 @@ from moepeft.methods._common import (
     check_dropout,
     check_positive,
     normal,
+    record_contrastive,
     row_summary,
     uniform,
 )
 from moepeft.methods._pyramid import Places, add_channel_update, add_kronecker_update, branches, places
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, first_position, token_shares, top_k_gates
+from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, token_shares, top_k_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +203,9 @@ class EPT:
             total += len(self.kernels) * (i + self.gate_bias) + self.num_tasks * i
         return total
 
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+    def aux_loss(self, name: str, terms: Sequence[ContrastiveTerm]) -> Tensor:
         """Coefficient times the mean over sites."""
-        return self.contrastive * torch.stack(list(terms)).mean()
+        return self.contrastive * contrastive_task_loss(terms, self.temperature)
 
 
 class EPTAdapter(nn.Module):
@@ -291,8 +292,7 @@ class EPTAdapter(nn.Module):
         for_base, for_update, summary = ctx.of_input("branches", x, lambda: self._branches(x, gates, ctx))
         if summary is not None:
             assert tasks is not None
-            loss = contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature)
-            ctx.loss("contrastive", loss)
+            record_contrastive(ctx, summary, self.task_embedding, tasks)
         # To drop features before or after they are sorted is the same.
         return self._add_update(base(for_base), self.dropout(for_update), gates)
 

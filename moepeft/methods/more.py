@@ -38,11 +38,12 @@ from moepeft.methods._common import (
     check_dropout,
     check_positive,
     normal,
+    record_contrastive,
     row_summary,
     uniform,
 )
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import contrastive_task_loss, has_processes, per_row
+from moepeft.routing import ContrastiveTerm, contrastive_task_loss, has_processes, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,9 @@ class MoRE:
             for site in sites
         )
 
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
+    def aux_loss(self, name: str, terms: Sequence[ContrastiveTerm]) -> Tensor:
         """Coefficient times the mean over sites."""
-        return self.contrastive * torch.stack(list(terms)).mean()
+        return self.contrastive * contrastive_task_loss(terms, self.temperature)
 
 
 class MoREAdapter(nn.Module):
@@ -193,10 +194,7 @@ class MoREAdapter(nn.Module):
         update = F.linear(down * per_row(weights, down), self.B.to(down.dtype))
         if self.training and self.config.contrastive:
             summary = row_summary(x, ctx, self.config.anchor)
-            ctx.loss(
-                "contrastive",
-                contrastive_task_loss(summary, self.task_embedding, tasks, self.config.temperature),
-            )
+            record_contrastive(ctx, summary, self.task_embedding, tasks)
         return y + (update * self.scale).to(y.dtype)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
