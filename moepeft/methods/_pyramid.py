@@ -109,7 +109,7 @@ def into_rank_space(
 ) -> Float[Tensor, "groups g k tokens"]:
     """`factor` applied to every token's residues; tokens last, so that `mix` reads and writes them where they are."""
     if apart.shape[2] < FEW_TOKENS:
-        return F.linear(apart, factor).mT.contiguous()
+        return transposed(F.linear(apart, factor))
     stack = apart.flatten(0, 1)
     return torch.bmm(factor.expand(len(stack), -1, -1), stack.mT).view(*apart.shape[:2], -1, apart.shape[2])
 
@@ -118,7 +118,7 @@ def out_of_rank_space(
     low: Float[Tensor, "groups g k tokens"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g tokens d_g"]:
     """The transposed `factor` applied to every token."""
-    return (low.mT.contiguous() if low.shape[3] < FEW_TOKENS else low.mT) @ factor
+    return (transposed(low) if low.shape[3] < FEW_TOKENS else low.mT) @ factor
 
 
 def of_factor(
@@ -126,7 +126,7 @@ def of_factor(
 ) -> Float[Tensor, "k d_g"]:
     """Sum over tokens of outer products, as the factors' gradients are."""
     # This way round the product is faster than the other.
-    return (apart.flatten(0, 2).T @ low.mT.reshape(-1, low.shape[2])).T
+    return (apart.flatten(0, 2).T @ transposed(low).flatten(0, 2)).T
 
 
 class Places(NamedTuple):
@@ -244,30 +244,24 @@ class _Branches(torch.autograd.Function):
 def residues(x: Float[Tensor, "groups tokens d"], g: int) -> Float[Tensor, "groups g tokens d_g"]:
     """The features of each residue mod `g` beside each other; what is left of `d` over a multiple of `g` is dropped."""
     groups, tokens, width = x.shape[0], x.shape[1], x.shape[2] // g
-    x = x[..., : width * g]
-    if not _eager_on_cpu(x):
-        return x.reshape(groups, tokens, width, g).permute(0, 3, 1, 2).contiguous()
-    # As if groups were an image's positions, and their tokens' features its channels: as fast as a copy in order.
-    image = x.reshape(1, groups, 1, tokens * width * g).permute(0, 3, 1, 2)
-    shuffled = torch.channel_shuffle(image, max(1, tokens * width))
-    return shuffled.permute(0, 2, 3, 1).reshape(groups, g, tokens, width)
+    return transposed(x[..., : width * g].reshape(groups, tokens * width, g)).view(groups, g, tokens, width)
 
 
 def add_together(y: Float[Tensor, "*n d"], apart: Float[Tensor, "groups g tokens d_g"]) -> Float[Tensor, "*n d"]:
     """y plus what is apart, each feature at its place; where that is narrower, plus zero."""
-    g, whole = apart.shape[1], apart.shape[1] * apart.shape[-1]
-    old = y.reshape(len(apart), -1, y.shape[-1])
-    if g == 2 and whole == y.shape[-1] and y.dtype in (torch.float32, torch.float64) and _eager_on_cpu(y):
-        # Two residues side by side are a complex number: faster than to write every second feature, twice.
-        return torch.view_as_real(torch.complex(*apart.unbind(1))).flatten(-2).add_(old).view(y.shape)
-    total = old.clone(memory_format=torch.contiguous_format)
-    for k in range(g):
-        total[..., k:whole:g] += apart[:, k]
-    return total.view(y.shape)
+    whole = apart.shape[1] * apart.shape[3]
+    update = transposed(apart.flatten(2)).view(*y.shape[:-1], whole)
+    return F.pad(update, (0, y.shape[-1] - whole)).add_(y) if whole < y.shape[-1] else update.add_(y)
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def transposed(x: Float[Tensor, "*n a b"]) -> Float[Tensor, "*n b a"]:
+    """Copies in order: by torch's shuffle of channels in eager mode on a CPU, where a plain copy takes longer."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+        return x.mT.clone(memory_format=torch.contiguous_format)
+    # As if the matrices were an image's positions, and their numbers its channels.
+    *n, a, b = x.shape
+    image = x.reshape(1, -1, 1, a * b).permute(0, 3, 1, 2)
+    return torch.channel_shuffle(image, a).permute(0, 2, 3, 1).reshape(*n, b, a)
 
 
 def add_channel_update(

@@ -74,7 +74,7 @@ def test_spread_seeds_are_kronecker_products(scales: list[int], width: int, rank
 @pytest.mark.parametrize("g", [1, 2, 3])
 @pytest.mark.parametrize("width", [12, 13])
 def test_features_are_sorted_by_residue_and_put_back(width: int, g: int, dtype: torch.dtype) -> None:
-    """torch's channel shuffle and complex numbers against features picked one residue after the other."""
+    """torch's channel shuffle, there and back, against features picked one residue after the other."""
     x, y = torch.randn(2, 3, 5, width, dtype=dtype)
     whole = width // g * g
     apart = residues(x, g)
