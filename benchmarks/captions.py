@@ -141,8 +141,11 @@ def _runs(number: int) -> str:
 
 def _hardware_lines(group: Group) -> list[str]:
     lines = _first_seen(hardware(record.provenance) for record in group.records)
+    timed = {hardware(record.provenance) for record in group.records if record.train_step is not None}
     if len(lines) > 1:
-        lines.append("WARNING: more than one machine or set of packages; times do not compare between them.")
+        lines = [line if line in timed else f"{line} Nothing was timed there." for line in lines]
+    if len(timed) > 1:
+        lines.append("WARNING: timed on more than one machine or set of packages; times do not compare between them.")
     return [*lines, f"Code: {', '.join(_first_seen(_code(record.provenance) for record in group.records))}."]
 
 

@@ -96,7 +96,7 @@ def _draw_parameters(canvas: Canvas, group: Group) -> bool:
 
 def _draw_step_time(canvas: Canvas, group: Group) -> bool:
     def step_time(runs: MethodRuns) -> Interval | None:
-        steps = [r.timing.train_step for r in runs.finished if r.timing is not None and r.timing.train_step is not None]
+        steps = [r.train_step for r in runs.finished if r.train_step is not None]
         if not steps:
             return None
         middle, low, high = (np.median([getattr(step, name) for step in steps]) for name in ("median", "p10", "p90"))

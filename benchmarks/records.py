@@ -193,3 +193,8 @@ class RunRecord(_Strict):
     routing: Routing | None = Field(None, description="None for what has no experts")
     outcomes: str | None = Field(None, description="file name of the per-example outcomes (parquet)")
     provenance: Provenance
+
+    @property
+    def train_step(self) -> Quantiles | None:
+        """Step times of the timing pass; None if there was none."""
+        return self.timing.train_step if self.timing is not None else None

@@ -86,9 +86,7 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
     untimed: list[str] = []
     base = group.row(reference) if reference is not None else None
     for runs in group.rows:
-        timed = [
-            record for record in runs.finished if record.timing is not None and record.timing.train_step is not None
-        ]
+        timed = [record for record in runs.finished if record.train_step is not None]
         if runs.finished and not timed:
             untimed.append(runs.label)
             continue

@@ -108,7 +108,7 @@ def into_rank_space(
     apart: Float[Tensor, "groups g tokens d_g"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g k tokens"]:
     """`factor` applied to every token's residues; tokens last, so that `mix` reads and writes them where they are."""
-    if apart.shape[2] < FEW_TOKENS:
+    if _multiply_first(apart, apart.shape[2]):
         return transposed(F.linear(apart, factor))
     stack = apart.flatten(0, 1)
     return torch.bmm(factor.expand(len(stack), -1, -1), stack.mT).view(*apart.shape[:2], -1, apart.shape[2])
@@ -118,7 +118,12 @@ def out_of_rank_space(
     low: Float[Tensor, "groups g k tokens"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g tokens d_g"]:
     """The transposed `factor` applied to every token."""
-    return (transposed(low) if low.shape[3] < FEW_TOKENS else low.mT) @ factor
+    return (transposed(low) if _multiply_first(low, low.shape[3]) else low.mT) @ factor
+
+
+def _multiply_first(x: Tensor, tokens: int) -> bool:
+    """Whether all groups are multiplied as one matrix: they are small, or the product of groups would copy `factor`."""
+    return tokens < FEW_TOKENS or (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16))
 
 
 def of_factor(
@@ -255,8 +260,8 @@ def add_together(y: Float[Tensor, "*n d"], apart: Float[Tensor, "groups g tokens
 
 
 def transposed(x: Float[Tensor, "*n a b"]) -> Float[Tensor, "*n b a"]:
-    """Copies in order: by torch's shuffle of channels in eager mode on a CPU, where a plain copy takes longer."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() == 0:
+    """Copies in order: by torch's shuffle of channels where that is faster, in eager mode on a CPU, not in 16 bits."""
+    if x.device.type != "cpu" or x.element_size() < 4 or torch.compiler.is_compiling() or x.numel() == 0:
         return x.mT.clone(memory_format=torch.contiguous_format)
     # As if the matrices were an image's positions, and their numbers its channels.
     *n, a, b = x.shape

@@ -228,6 +228,16 @@ def test_unequal_conditions_are_a_warning_in_the_caption(change, warning):
     assert [line for line in caption if "WARNING" in line and warning in line]
 
 
+def test_a_second_machine_without_times_is_named_but_no_warning():
+    record, _ = make_record("bravo")
+    assert record.timing is not None
+    untimed = record.timing.model_copy(update={"train_step": None})
+    elsewhere = record.model_copy(update={"provenance": make_provenance(device="GPU"), "timing": untimed})
+    caption = group_caption(only_group(make_record("alpha")[0], elsewhere))
+    assert [line for line in caption if line.startswith("GPU") and line.endswith("Nothing was timed there.")]
+    assert not [line for line in caption if "machine" in line]
+
+
 def test_caption_tells_the_recipe_and_what_was_left_out():
     def caption(**fields):
         return group_caption(only_group(make_record(protocol=fields)[0]))
