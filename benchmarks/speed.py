@@ -38,6 +38,7 @@ NOTES = (
     "frozen: the bare model, its gradient taken to the first layer's input; frozen, forward only: without gradients.",
     "peak MiB: {peak}, above what was there before the step. saved MiB: kept for backward, weights left out.",
     "GFLOP: counted, of matrix products. MFU: the frozen model's operations over time and the device's peak.",
+    "kernels: tensor operations counted, views left out: what small steps take time for whatever their size.",
 )
 GROWTH_NOTES = (
     "Median time of forward, loss and backward. exponent: b of time = a value^b, by least squares on logarithms.",

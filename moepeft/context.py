@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .errors import MissingRouting
 from .protocols import LinearSite, Stream
-from .routing import sum_over_processes
+from .routing import sum_over_processes, token_shares
 
 T = TypeVar("T")
 
@@ -136,6 +136,19 @@ class SiteContext:
             )
         mask = mask[:, mask.shape[1] - tokens :].bool()
         return mask if mask.shape[0] == x.shape[0] else mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
+
+    def token_shares(self, x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows tokens"]:
+        """`moepeft.routing.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
+        key, mask = f"token_shares.{self.site.stream}", self.runtime.masks.get(self.site.stream)
+        left = self.runtime.values.get(key)
+        if left is not None and left[0] is mask:
+            shares: Tensor = left[1]
+            rows, tokens = x.shape[0], x.shape[1:-1].numel()
+            if shares.shape == (rows, tokens) and shares.dtype == x.dtype and shares.device == x.device:
+                return shares
+        shares = token_shares(x, self.mask(x))
+        self.runtime.values[key] = (mask, shares)
+        return shares
 
     @property
     def continues(self) -> bool:

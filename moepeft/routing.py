@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def top_k_gates(logits: Float[Tensor, "*n experts"], k: int) -> Float[Tensor, "*n experts"]:
@@ -26,6 +27,42 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)
 
 
+def add_linear(
+    y: Float[Tensor, "rows *n o"], x: Float[Tensor, "rows *n k"], weight: Float[Tensor, "o k"]
+) -> Float[Tensor, "rows *n o"]:
+    """y plus the linear map of x, in y's type; one kernel where types agree."""
+    weight = weight.to(x.dtype)
+    if y.dtype != x.dtype:
+        return y + F.linear(x, weight).to(y.dtype)
+    added: Tensor = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T).view(y.shape)
+    return added
+
+
+def unit(x: Float[Tensor, "*n"], first: int = 0) -> Float[Tensor, "*n"]:
+    """x over its Euclidean norm, taken over the dimensions from `first` on."""
+    scaled: Tensor = _Unit.apply(x, tuple(range(first, x.dim())))  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _Unit(torch.autograd.Function):
+    """A third of the kernels of autograd's backward of a norm and a division."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        scaled: Tensor = x / norm
+        ctx.save_for_backward(scaled, norm)
+        ctx.dims = dims
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        scaled, norm = ctx.saved_tensors
+        along = (gradient * scaled).sum(dim=ctx.dims, keepdim=True)
+        return torch.addcmul(gradient, scaled, along, value=-1) / norm, None
+
+
 def token_shares(
     x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows tokens"] | None
 ) -> Float[Tensor, "rows tokens"]:
@@ -37,28 +74,33 @@ def token_shares(
     return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def row_mean(
-    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows tokens"] | None
-) -> Float[Tensor, "rows d"]:
-    """Mean of each row over its real positions; a row of padding alone gives zeros."""
+def with_row_mean(
+    x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]
+) -> tuple[Float[Tensor, "rows *positions d"], Float[Tensor, "rows d"]]:
+    """Mean of each row over its positions, weighted by `token_shares`; a row without positions is its own.
+
+    Returns:
+        x, for whatever else reads it, and the mean: both gradients are put together in one pass.
+    """
     if x.dim() == 2:
-        return x
-    mean: Tensor = _WeightedSum.apply(x.flatten(1, -2), token_shares(x, mask))  # type: ignore[no-untyped-call]
-    return mean
+        return x, x
+    same, mean = _WithWeightedSum.apply(x, shares)  # type: ignore[no-untyped-call]
+    return same, mean
 
 
-class _WeightedSum(torch.autograd.Function):
+class _WithWeightedSum(torch.autograd.Function):
     """Sum of each row's tokens, weighted. Autograd's own backward is a product with one inner index: slow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
-        return (weight.unsqueeze(1) @ x).squeeze(1)
+        return x, (weight.unsqueeze(1) @ x.flatten(1, -2)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, of_x: Tensor, of_sum: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return weight.unsqueeze(2) * gradient.unsqueeze(1), None
+        return torch.addcmul(of_x.flatten(1, -2), weight.unsqueeze(2), of_sum.unsqueeze(1)).reshape(of_x.shape), None
 
 
 def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:
@@ -98,7 +140,8 @@ def contrastive_task_loss(terms: Sequence[ContrastiveTerm], temperature: float) 
         summaries, tables = torch.stack([term.summary for term in group]), torch.stack([term.table for term in group])
         wide = torch.promote_types(tables.dtype, torch.float32)
         with torch.autocast(device_type=tables.device.type, enabled=False):
-            cosines = F.normalize(summaries.to(wide), dim=-1) @ F.normalize(tables.to(wide), dim=-1).mT
+            # This way round the tables' gradients come in the order of the tables.
+            cosines = (F.normalize(tables.to(wide), dim=-1) @ F.normalize(summaries.to(wide), dim=-1).mT).mT
             tasks = group[0].tasks.repeat(len(group))
             losses = F.cross_entropy((cosines / temperature).flatten(0, 1), tasks, reduction="sum")
         sums.append(losses / len(group[0].tasks))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import PeakMemory, return_free_memory
@@ -22,12 +24,14 @@ class Costs:
 
     Attributes:
         flops: floating-point operations of its matrix products, a multiply and an add each.
+        kernels: tensor operations other than views, each one kernel or a few.
         saved_bytes: what autograd keeps for the backward pass, weights and each storage's second mention left out.
         peak_bytes: peak memory above that before the step; None where it cannot be read.
         peak_kind: where `peak_bytes` was read.
     """
 
     flops: int
+    kernels: int
     saved_bytes: int
     peak_bytes: int | None
     peak_kind: str
@@ -45,13 +49,13 @@ def measure_costs(contestant: Contestant, timed: Step, eager: Step, device: torc
     saved = _SavedTensors(contestant)
     with eager.around(), _frozen_in_inference(contestant):
         eager.prepare()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _Kernels() as kernels:
             eager.run()
         eager.prepare()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             eager.run()
     peak_bytes, kind = _peak(contestant, timed, device)
-    return Costs(counter.get_total_flops(), saved.total, peak_bytes, kind)
+    return Costs(counter.get_total_flops(), kernels.total, saved.total, peak_bytes, kind)
 
 
 @contextmanager
@@ -65,6 +69,20 @@ def _frozen_in_inference(contestant: Contestant) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts tensor operations; those that only look at memory otherwise run nothing."""
+
+    VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += not (operation.is_view or operation in self.VIEWS)
+        return operation(*args, **(kwargs or {}))
 
 
 class _SavedTensors:

@@ -47,6 +47,7 @@ def _cells(row: Row, reference: str) -> dict[str, str]:
         cells["peak MiB"] = NOTHING if row.costs.peak_bytes is None else f"{row.costs.peak_bytes / _MEBI:,.1f}"
         cells["saved MiB"] = f"{row.costs.saved_bytes / _MEBI:,.1f}" if row.costs.saved_bytes else NOTHING
         cells["GFLOP"] = three_digits(row.costs.flops / 1e9)
+        cells["kernels"] = f"{row.costs.kernels:,}"
     if row.mfu is not None:
         cells["MFU"] = f"{row.mfu:.1%}"
     cells["trainable"] = f"{row.parameters:,}"
@@ -104,6 +105,7 @@ def flat(row: Row) -> dict[str, Any]:
         "ratio_high": None if ratio is None else ratio.high,
         "tokens_per_second": row.tokens_per_second,
         "flops": None if costs is None else costs.flops,
+        "kernels": None if costs is None else costs.kernels,
         "saved_bytes": None if costs is None else costs.saved_bytes,
         "peak_bytes": None if costs is None else costs.peak_bytes,
         "mfu": row.mfu,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
-from moepeft.routing import ContrastiveTerm, first_position, row_mean
+from moepeft.routing import ContrastiveTerm, first_position, with_row_mean
 
 
 def check_count(method: str, field: str, value: Any, *, low: int = 1, high: int | None = None, hint: str = "") -> None:
@@ -53,11 +53,13 @@ def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 
-def row_summary(x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str) -> Float[Tensor, "rows d"]:
-    """What stands for a row in a contrastive loss: the mean of its real tokens, or position 0."""
+def with_summary(
+    x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str
+) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "rows d"]]:
+    """The input, and what stands for a row in a contrastive loss: the mean of its real tokens, or position 0."""
     if anchor == "first":
-        return first_position(x)
-    return ctx.of_input("row_mean", x, lambda: row_mean(x, ctx.mask(x)))
+        return x, first_position(x)
+    return ctx.of_input("row_mean", x, lambda: with_row_mean(x, ctx.token_shares(x)))
 
 
 def record_contrastive(

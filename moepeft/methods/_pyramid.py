@@ -60,23 +60,23 @@ class _KroneckerUpdate(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, apart: Tensor, weights: Tensor, A: Tensor, B: Tensor, *rest: Tensor) -> Tensor:
         where, kernels = Places(*rest[: len(Places._fields)]), rest[len(Places._fields) :]
         with torch.autocast(device_type=apart.device.type, enabled=False):
-            down = spread(A.T, where.down).to(apart.dtype)
-            up = spread(B, where.up).to(apart.dtype)
-            numbers = torch.cat([*(kernel.flatten() for kernel in kernels), kernels[0].new_zeros(1)])
+            both = spread(A.T, B, where).to(apart.dtype)
+            down, up = both[:, : apart.shape[-1]], both[:, apart.shape[-1] :]
+            numbers = torch.cat([*(kernel.flatten() for kernel in kernels), where.zero[0, :1]])
             bank = numbers.index_select(0, where.bank.flatten()).view(where.bank.shape)
             low = into_rank_space(apart, down)
-            mixed = mix(mixing(weights, bank).to(low.dtype), low)
-            ctx.save_for_backward(apart, weights, down, up, bank, low, where.down_back, where.up_back, where.bank_back)
-            ctx.kernels = [kernel.shape for kernel in kernels]
-            return add_together(y, out_of_rank_space(mixed, up).to(y.dtype))
+            kernel = (weights @ bank.flatten(1)).view(-1, *bank.shape[1:]).to(low.dtype)
+            ctx.save_for_backward(apart, weights, down, up, bank, low, kernel, *where)
+            ctx.i_s, ctx.kernels = A.shape[1], [each.shape for each in kernels]
+            return add_together(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        apart, weights, down, up, bank, low, down_back, up_back, bank_back = ctx.saved_tensors
+        apart, weights, down, up, bank, low, kernel, *rest = ctx.saved_tensors
+        where = Places(*rest)
         groups, g, tokens, _ = apart.shape
         with torch.autocast(device_type=grad.device.type, enabled=False):
-            kernel = mixing(weights, bank).to(low.dtype)
             of_update = residues(grad.to(low.dtype).reshape(groups, tokens, -1), g)
             of_mixed = into_rank_space(of_update, up)
             # Cheaper made again than kept.
@@ -87,16 +87,12 @@ class _KroneckerUpdate(torch.autograd.Function):
             flat = groups, bank.shape[-1], -1
             of_kernel = (of_mixed.view(flat) @ low.view(flat).mT).flatten(1).to(weights.dtype)
             of_weights = of_kernel @ bank.flatten(1).T
-            numbers = (weights.T @ of_kernel).flatten().index_select(0, bank_back)
+            numbers = (weights.T @ of_kernel).flatten().index_select(0, where.bank_back)
             split = numbers.split([shape.numel() for shape in ctx.kernels])
-            seeds = collect(of_down, down_back).T.to(weights.dtype), collect(of_up, up_back).to(weights.dtype)
+            of_A, of_B = collect(of_down, of_up, ctx.i_s, where)
         none = (None,) * len(Places._fields)
-        return grad, of_apart, of_weights, *seeds, *none, *(n.view(s) for n, s in zip(split, ctx.kernels, strict=True))
-
-
-def mixing(weights: Float[Tensor, "groups experts"], bank: Float[Tensor, "experts S S"]) -> Float[Tensor, "groups S S"]:
-    """Every group's gated sum of kernels."""
-    return (weights @ bank.flatten(1)).view(-1, *bank.shape[1:])
+        of_kernels = (n.view(s) for n, s in zip(split, ctx.kernels, strict=True))
+        return grad, of_apart, of_weights, of_A.T, of_B, *none, *of_kernels
 
 
 def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k tokens"]) -> Tensor:
@@ -137,43 +133,49 @@ def of_factor(
 class Places(NamedTuple):
     """Where the numbers of seeds and kernels stand in the matrices that multiply, and where those come from.
 
-    Indices into one side, for every place of the other; the number after the last is zero. To gather is one kernel,
-    where copies scale by scale are dozens, at every site of every step.
+    Indices into one side, for every place of the other; what is after the last is zero. To gather is one kernel, where
+    copies scale by scale are dozens, at every site of every step. A and B, both of rows of r numbers, are gathered
+    together: first the i of A, then the o of B.
     """
 
-    down: Int[Tensor, "i_g M"]
-    down_back: Int[Tensor, "i_s M"]
-    up: Int[Tensor, "o_g M"]
-    up_back: Int[Tensor, "o_s M"]
+    seeds: Int[Tensor, "i_g_and_o_g M"]
+    seeds_back: Int[Tensor, "i_s_and_o_s M"]
     bank: Int[Tensor, "experts S S"]
     bank_back: Int[Tensor, "numbers"]
+    zero: Float[Tensor, "1 r"]
 
 
-def places(kernels: Sequence[tuple[int, int]], seed_widths: tuple[int, int], widths: tuple[int, int], g: int) -> Places:
+def places(
+    kernels: Sequence[tuple[int, int]], rank: int, seed_widths: tuple[int, int], widths: tuple[int, int], g: int
+) -> Places:
     """Places for one site.
 
     Args:
         kernels: how many and how large, scale by scale.
+        rank: of the seed.
         seed_widths: columns of A, rows of B.
         widths: of the input and the output.
         g: divides all scales.
     """
     scales = [size // g for _, size in kernels]
-    down = _seed_places(scales, seed_widths[0], widths[0] // g)
-    up = _seed_places(scales, seed_widths[1], widths[1] // g)
-    return Places(*down, *up, *_kernel_places(kernels, g))
+    seeds = _seed_places(scales, seed_widths, (widths[0] // g, widths[1] // g))
+    return Places(*seeds, *_kernel_places(kernels, g), torch.zeros(1, rank))
 
 
-def _seed_places(scales: Sequence[int], seed_width: int, width: int) -> tuple[Tensor, Tensor]:
+def _seed_places(scales: Sequence[int], seed_widths: tuple[int, int], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which column of a seed stands in which column and remainder of all its products with I_m, and the reverse."""
-    M = sum(scales)
+    M, after_all = sum(scales), sum(widths) * sum(scales)
     m = torch.tensor([m for m in scales for _ in range(m)])
     remainder = torch.tensor([k for m in scales for k in range(m)])
-    row = torch.arange(seed_width).unsqueeze(1) * m + remainder
-    back = torch.where(row < width // m * m, row * M + torch.arange(M), width * M)
-    there = torch.full((width * M + 1,), seed_width)
-    there[back] = torch.arange(seed_width).unsqueeze(1)
-    return there[:-1].view(width, M).int(), back.int()
+    backs, before = [], 0
+    for seed_width, width in zip(seed_widths, widths, strict=True):
+        row = torch.arange(seed_width).unsqueeze(1) * m + remainder
+        backs.append(torch.where(row < width // m * m, (before + row) * M + torch.arange(M), after_all))
+        before += width
+    back = torch.cat(backs)
+    there = torch.full((after_all + 1,), len(back))
+    there[back] = torch.arange(len(back)).unsqueeze(1)
+    return there[:-1].view(-1, M).int(), back.int()
 
 
 def _kernel_places(kernels: Sequence[tuple[int, int]], g: int) -> tuple[Tensor, Tensor]:
@@ -192,15 +194,19 @@ def _kernel_places(kernels: Sequence[tuple[int, int]], g: int) -> tuple[Tensor, 
     return there.view(expert, S, S).int(), back.int()
 
 
-def spread(seed: Float[Tensor, "w r"], there: Int[Tensor, "width M"]) -> Float[Tensor, "k width"]:
+def spread(A: Float[Tensor, "i_s r"], B: Float[Tensor, "o_s r"], where: Places) -> Float[Tensor, "k i_g_and_o_g"]:
     """Of each m among the scales seed (x) I_m, side by side and transposed; the ranks of a remainder stay together."""
-    return F.pad(seed, (0, 0, 0, 1)).index_select(0, there.flatten()).view(len(there), -1).T
+    rows = torch.cat((A, B, where.zero)).index_select(0, where.seeds.flatten())
+    return rows.view(len(where.seeds), -1).T
 
 
-def collect(factor: Float[Tensor, "k width"], back: Int[Tensor, "w M"]) -> Float[Tensor, "w r"]:
-    """The adjoint of `spread`: what a gradient of its result is for the seed."""
-    rows = factor.T.reshape(-1, len(factor) // back.shape[1])
-    return F.pad(rows, (0, 0, 0, 1)).index_select(0, back.flatten()).view(*back.shape, -1).sum(dim=1)
+def collect(
+    of_down: Float[Tensor, "k i_g"], of_up: Float[Tensor, "k o_g"], i_s: int, where: Places
+) -> tuple[Float[Tensor, "i_s r"], Float[Tensor, "o_s r"]]:
+    """The adjoint of `spread`: what gradients of its two parts are for the seeds."""
+    rows = torch.cat([*(part.T.reshape(-1, where.zero.shape[1]) for part in (of_down, of_up)), where.zero])
+    taken = rows.index_select(0, where.seeds_back.flatten()).view(*where.seeds_back.shape, -1).sum(dim=1)
+    return taken[:i_s], taken[i_s:]
 
 
 def branches(

@@ -54,12 +54,12 @@ from moepeft.methods._common import (
     check_positive,
     normal,
     record_contrastive,
-    row_summary,
     uniform,
+    with_summary,
 )
 from moepeft.methods._pyramid import Places, add_channel_update, add_kronecker_update, branches, places
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, token_shares, top_k_gates
+from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, top_k_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +237,7 @@ class EPTAdapter(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if config.operator == "kronecker":
             kernels, widths = [(config.kernels.count(s), s) for s in config.scales], (i, o)
-            where = places(kernels, (i // smallest, o // smallest), widths, config.common_scale)
+            where = places(kernels, r, (i // smallest, o // smallest), widths, config.common_scale)
             for name, indices in where._asdict().items():
                 self.register_buffer(f"places_{name}", indices, persistent=False)
 
@@ -247,8 +247,9 @@ class EPTAdapter(nn.Module):
     def expert_weights(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
         """Gates of what is routed (task embeddings or tokens): zero but for the top k; no dimension factor yet."""
         with torch.autocast(device_type=routed.device.type, enabled=False):
-            logits = self.gate(routed.to(self.gate.weight.dtype)) / self.config.router_temperature
-        return self.gates(logits)
+            logits = self.gate(routed.to(self.gate.weight.dtype))
+        heat = self.config.router_temperature
+        return self.gates(logits if heat == 1 else logits / heat)
 
     def gates(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:
         """Gates from the router's logits."""
@@ -265,8 +266,9 @@ class EPTAdapter(nn.Module):
     def _branches(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the frozen layer, the update and, if there is one, the loss read of the input."""
         if self.config.operator == "channel":
-            return x, x, row_summary(x, ctx, self.config.anchor) if self._wants_loss else None
-        shares = token_shares(x, ctx.mask(x)) if self._wants_loss and self.config.anchor == "mean" else None
+            x, summary = with_summary(x, ctx, self.config.anchor) if self._wants_loss else (x, None)
+            return x, x, summary
+        shares = ctx.token_shares(x) if self._wants_loss and self.config.anchor == "mean" else None
         for_base, for_update, mean = branches(x, gates, self.config.common_scale, shares)
         return for_base, for_update, first_position(x) if self._wants_loss and shares is None else mean
 

@@ -93,6 +93,7 @@ class LoRAAdapter(nn.Module):
         """The frozen layer's output plus the scaled update."""
         y = base(x)
         down = F.linear(self.dropout(x), self.A.to(x.dtype))
+        # In the order of the `peft` package, so that results are equal to the last bit.
         return y + (F.linear(down, self.B.to(down.dtype)) * self.scale).to(y.dtype)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:

@@ -44,7 +44,7 @@ from moepeft.methods._common import (
 )
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import balance_loss, load_counts
+from moepeft.routing import add_linear, balance_loss, load_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,4 +253,4 @@ class OutwardAdapter(_ExpertPairs):
             return y
         down = F.linear(self.dropout(streams), self.A.to(x.dtype)) * (self.scale * weights)
         down = (down * self.rank_mask(choice.experts, down)).sum(dim=0)
-        return y + F.linear(down, self.B.to(down.dtype)).to(y.dtype)
+        return add_linear(y, down, self.B)

@@ -34,7 +34,7 @@ from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, MissingRouting
 from moepeft.methods._common import check_choices, check_count, check_dropout, check_positive, normal, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import per_row
+from moepeft.routing import add_linear, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,13 @@ class TaskGate(nn.Module):
 
     def forward(self, tasks: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows experts"]:
         """Weights of the experts; a row of several tasks has the mean of their embeddings, -1 pads."""
-        present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
-        embeddings = F.embedding(tasks.clamp(min=0), self.task_embedding) * present
+        if tasks.shape[1] == 1:
+            embedding = self.task_embedding.index_select(0, tasks[:, 0])
+        else:
+            present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
+            embedding = (F.embedding(tasks.clamp(min=0), self.task_embedding) * present).sum(1) / present.sum(1)
         with torch.autocast(device_type=self.gate.device.type, enabled=False):
-            return F.softmax(F.linear(embeddings.sum(1) / present.sum(1), self.gate), dim=-1)
+            return F.softmax(F.linear(embedding, self.gate), dim=-1)
 
 
 class MOELoRAAdapter(nn.Module):
@@ -147,16 +150,10 @@ class MOELoRAAdapter(nn.Module):
         assert gate is not None
         return gate
 
-    def rank_weights(self, tasks: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows r"]:
-        """Each expert's weight, once per rank-one term it owns."""
-        weights: Tensor = self.gate(tasks)
-        return weights.repeat_interleave(self.expert_rank, dim=-1)
-
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the experts' weighted sum."""
         y = base(x)
-        weights = self.rank_weights(ctx.task_sets(x.shape[self.rows_dim]))
-        ctx.stat("gates", weights[:, :: self.expert_rank])
+        weights = self._weights(x, ctx)
         down = F.linear(self.dropout(x), self.A.to(x.dtype))
         if self.rows_dim == 0:
             down = down * per_row(weights, down)
@@ -164,7 +161,18 @@ class MOELoRAAdapter(nn.Module):
             down = down * weights.to(down.dtype)
         else:
             raise MissingRouting(f"layout='sequence_first' needs an input of 3 dimensions, got shape {tuple(x.shape)}")
-        return y + (F.linear(down, self.B.to(down.dtype)) * self.scale).to(y.dtype)
+        return add_linear(y, down, self.B)
+
+    def _weights(self, x: Tensor, ctx: SiteContext) -> Float[Tensor, "rows r"]:
+        """The gate's weights, once per rank-one term, times the scale."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            gates = self.gate(ctx.task_sets(x.shape[self.rows_dim]))
+            return gates, (gates * self.scale).repeat_interleave(self.expert_rank, dim=-1)
+
+        gates, weights = make() if self.own_gate is not None else ctx.of_input("moelora.gates", x, make)
+        ctx.stat("gates", gates)
+        return weights
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(w_t) A."""
@@ -173,4 +181,5 @@ class MOELoRAAdapter(nn.Module):
 
     def lora_factors(self, task: int | None) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]]:
         """A and B diag(w_t)."""
-        return self.A, self.B * self.rank_weights(torch.tensor([[task]], device=self.A.device))
+        gates = self.gate(torch.tensor([[task]], device=self.A.device))
+        return self.A, self.B * gates.repeat_interleave(self.expert_rank, dim=-1)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moepeft.context import SiteContext
 from moepeft.methods._common import (
@@ -39,11 +40,11 @@ from moepeft.methods._common import (
     check_positive,
     normal,
     record_contrastive,
-    row_summary,
     uniform,
+    with_summary,
 )
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import ContrastiveTerm, contrastive_task_loss, has_processes, per_row
+from moepeft.routing import ContrastiveTerm, add_linear, contrastive_task_loss, has_processes, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,28 +138,22 @@ class MoREAdapter(nn.Module):
         if config.selector == "frozen":
             self.register_buffer("task_map", torch.full((config.num_tasks,), -1))
         self._map_known = False
+        by_rank, self.unit = _weights_by_rank(config)
+        self.register_buffer("by_rank", by_rank, persistent=False)
 
     task_map: Tensor
+    by_rank: Tensor
 
-    def ranks(self) -> tuple[Int[Tensor, "tasks"], Float[Tensor, "tasks"]]:
-        """Rank of every task, and the straight-through factor (value 1) that carries the selector's gradient."""
-        if self.config.selector == "frozen":
-            return self._frozen_map() + 1, self._one()
+    def ranks(self) -> Int[Tensor, "tasks"]:
+        """Rank of every task."""
+        choice = self._frozen_map() if self.config.selector == "frozen" else self._probabilities().argmax(dim=-1)
+        return choice + 1
+
+    def _probabilities(self) -> Float[Tensor, "tasks r"]:
+        """Of every rank, for every task."""
         with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
-            probabilities = self.gate(self.task_embedding).softmax(dim=-1)
-        best, choice = probabilities.max(dim=-1)
-        return choice + 1, best - best.detach() + 1
-
-    def _one(self) -> Float[Tensor, "tasks"]:
-        """The factor of a frozen choice; among several processes it ties in what nothing trains.
-
-        Data parallelism waits for a gradient of every parameter, were it zero.
-        """
-        one = torch.ones_like(self.task_embedding[:, 0])
-        if has_processes():
-            idle = (self.gate.weight, self.gate.bias, self.task_embedding)
-            one = one + 0 * sum(parameter.sum() for parameter in idle)
-        return one
+            logits: Tensor = self.gate(self.task_embedding)
+            return logits.softmax(dim=-1)
 
     def _frozen_map(self) -> Int[Tensor, "tasks"]:
         if not self._map_known:
@@ -172,30 +167,31 @@ class MoREAdapter(nn.Module):
         self._map_known = False
         super()._load_from_state_dict(*args, **kwargs)
 
-    def term_weights(self) -> Float[Tensor, "tasks r"]:
-        """Weight of each rank-one term for each task: zero above the task's rank."""
-        ranks, straight_through = self.ranks()
-        term = torch.arange(1, self.config.rank + 1, device=ranks.device)
-        weights = (term <= ranks.unsqueeze(-1)) * straight_through.unsqueeze(-1)
-        if self.config.scaling == "linear":
-            return weights * (ranks / self.config.rank).unsqueeze(-1).to(weights.dtype)
-        if self.config.scaling == "quadratic":
-            return weights * (term / 8).square().to(weights.dtype)
+    def term_weights(self, scale: float = 1.0) -> Float[Tensor, "tasks r"]:
+        """`scale` times the weight of each rank-one term for each task: zero above the task's rank."""
+        unit = scale * self.unit
+        if self.config.selector == "trained":
+            chosen: Tensor = _ChosenWeights.apply(self._probabilities(), self.by_rank, unit)  # type: ignore[no-untyped-call]
+            return chosen
+        weights = self.by_rank.index_select(0, self._frozen_map()).to(self.A.dtype) * unit
+        if has_processes():
+            # Data parallelism waits for a gradient of every parameter, were it zero: tie in what nothing trains.
+            idle = (self.gate.weight, self.gate.bias, self.task_embedding)
+            weights = weights + 0 * sum(parameter.sum() for parameter in idle)
         return weights
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus each row's first m_t rank-one terms."""
-        y = base(x)
         tasks = ctx.tasks(x.shape[0])
-        weights = self.term_weights()[tasks]
-        # Its experts are the ranks: a task has chosen one of them.
-        ctx.stat("gates", lambda: F.one_hot(self.ranks()[0] - 1, self.config.rank)[tasks].to(weights.dtype))
-        down = F.linear(self.dropout(x), self.A.to(x.dtype))
-        update = F.linear(down * per_row(weights, down), self.B.to(down.dtype))
         if self.training and self.config.contrastive:
-            summary = row_summary(x, ctx, self.config.anchor)
+            x, summary = with_summary(x, ctx, self.config.anchor)
             record_contrastive(ctx, summary, self.task_embedding, tasks)
-        return y + (update * self.scale).to(y.dtype)
+        y = base(x)
+        weights = self.term_weights(self.scale).index_select(0, tasks)
+        # Its experts are the ranks: a task has chosen one of them.
+        ctx.stat("gates", lambda: F.one_hot(self.ranks() - 1, self.config.rank)[tasks].to(weights.dtype))
+        down = F.linear(self.dropout(x), self.A.to(x.dtype))
+        return add_linear(y, down * per_row(weights, down), self.B)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(weights of the task) A."""
@@ -206,3 +202,33 @@ class MoREAdapter(nn.Module):
         """A and B diag(weights of the task)."""
         assert task is not None
         return self.A, self.B * self.term_weights()[task]
+
+
+def _weights_by_rank(config: MoRE) -> tuple[Int[Tensor, "r r"], float]:
+    """Weight of term k for rank m in row m - 1, column k - 1: whole numbers, exact in every type, and their unit."""
+    term = torch.arange(1, config.rank + 1)
+    rank = term.unsqueeze(1)
+    used = (term <= rank).long()
+    if config.scaling == "linear":
+        return used * rank, 1 / config.rank
+    if config.scaling == "quadratic":
+        return used * term.square(), 1 / 64
+    return used, 1.0
+
+
+class _ChosenWeights(torch.autograd.Function):
+    """The row of weights of each task's likeliest rank; backward as if multiplied by s_t."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, by_rank: Tensor, unit: float) -> Tensor:
+        choice = probabilities.argmax(dim=-1)
+        weights = by_rank.index_select(0, choice).to(probabilities.dtype) * unit
+        ctx.save_for_backward(choice, weights)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        choice, weights = ctx.saved_tensors
+        straight_through = (gradient * weights).sum(dim=-1, keepdim=True)
+        return torch.zeros_like(weights).scatter_(-1, choice.unsqueeze(-1), straight_through), None, None

@@ -40,7 +40,7 @@ from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
 from moepeft.methods._common import check_choices, check_count, check_positive, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import has_processes, row_mean
+from moepeft.routing import add_linear, has_processes, token_shares, unit, with_row_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +144,23 @@ class Router(nn.Module):
         self.register_buffer("initialised", torch.tensor(config.centroids == "kaiming"))
         self._ready = config.centroids == "kaiming"
 
-    def route(self, x: Tensor, ctx: SiteContext) -> None:
-        """Choose group and weights from the first site's input and leave them for every site of this forward."""
+    def route(self, x: Tensor, ctx: SiteContext) -> Tensor:
+        """Choose group and weights from the first site's input and leave them for every site of this forward.
+
+        Returns:
+            The input, for that site.
+        """
         if ctx.continues and self.config.hold and ctx.get(self.KEY) is not None:
-            return
+            return x
         mask = ctx.mask(x) if self.config.mean == "real" else None
-        rows = row_mean(x, mask) if self.config.routing == "row" else _batch_mean(x, mask)
+        x, rows = with_row_mean(x, token_shares(x, mask)) if self.config.routing == "row" else (x, _batch_mean(x, mask))
         rows = rows.to(self.centroids.dtype)
         if ctx.synchronised and self.training and self.config.routing == "batch":
             positions = x[..., 0].numel() if mask is None else mask.sum()
             totals = ctx.joint_sum(F.pad(rows, (0, 1), value=1.0) * positions)
             rows = totals[:, :-1] / totals[:, -1:].clamp(min=1)
         ctx.put(self.KEY, self(rows))
+        return x
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows t"]]:
         """Winning group of each row, and its experts' weights."""
@@ -232,15 +237,14 @@ class TuckAAdapter(nn.Module):
 
     def map(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows r r"]:
         """M of each row, its factors divided by their norms."""
-        core = self.core / self.core.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        mixed = weights @ (self.mixing / self.mixing.norm())
-        return torch.einsum("bq,bqxy->bxy", mixed, core[group])
+        mixed = weights @ unit(self.mixing)
+        return torch.einsum("bq,bqxy->bxy", mixed, unit(self.core, first=1).index_select(0, group))
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output for the corrected input."""
         router = self._router[0]
         if self.is_router_site:
-            router.route(x, ctx)
+            x = router.route(x, ctx)
         routing = ctx.get(Router.KEY)
         if routing is None:
             raise MissingRouting(
@@ -254,9 +258,9 @@ class TuckAAdapter(nn.Module):
         mapping = self.alpha * self.map(group, weights)
         if mapping.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
             mapping = mapping.repeat_interleave(x.shape[0] // mapping.shape[0], dim=0)
-        unit = (self.factor / self.factor.norm()).to(x.dtype)
-        mapping = mapping.to(x.dtype)
+        factor = unit(self.factor).to(x.dtype)
+        down = F.linear(x, factor.T)
+        mapping = mapping.to(down.dtype)
         if mapping.shape[0] == 1:
-            return base(x + F.linear(F.linear(x, unit.T), unit @ mapping[0].T))
-        down = torch.einsum("b...x,bxy->b...y", F.linear(x, unit.T), mapping)
-        return base(x + F.linear(down, unit))
+            return base(add_linear(x, down, factor @ mapping.squeeze(0).T))
+        return base(add_linear(x, torch.einsum("b...x,bxy->b...y", down, mapping), factor))

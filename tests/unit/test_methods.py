@@ -29,7 +29,7 @@ from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
 from moepeft.registry import METHODS, ablations
-from moepeft.routing import row_mean
+from moepeft.routing import token_shares, unit, with_row_mean
 from tests.hosts import batch, build, output
 
 
@@ -47,27 +47,33 @@ def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: 
     expected = F.linear(x[..., : m * size], dense)
     for weights in (torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 3, 1, dtype=torch.float64)):
         nothing = x.new_zeros(2, 3, h * size + extra % size)
-        where = places([(1, size)], (m, h), (x.shape[-1], nothing.shape[-1]), size)
+        where = places([(1, size)], rank, (m, h), (x.shape[-1], nothing.shape[-1]), size)
         update = add_kronecker_update(nothing, branches(x, weights, size)[1], weights, A, B, [kernel[None]], where)
         assert torch.allclose(update, F.pad(expected, (0, extra % size)), atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None)
-@given(scales=st.lists(st.integers(1, 5), min_size=1, max_size=4), width=st.integers(5, 23), rank=st.integers(1, 4))
-def test_spread_seeds_are_kronecker_products(scales: list[int], width: int, rank: int) -> None:
+@given(
+    scales=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    widths=st.tuples(st.integers(5, 23), st.integers(5, 23)),
+    rank=st.integers(1, 4),
+)
+def test_spread_seeds_are_kronecker_products(scales: list[int], widths: tuple[int, int], rank: int) -> None:
     """`spread` against torch.kron, and `collect` against what autograd makes of the same products."""
-    seed = torch.randn(rank, width // min(scales), dtype=torch.float64, requires_grad=True)
-    where = places([(1, m) for m in scales], (seed.shape[1], seed.shape[1]), (width, width), 1)
-    eyes = [torch.eye(m, dtype=torch.float64) for m in scales]
-    products = [
-        F.pad(torch.kron(seed[:, : width // m], eye), (0, width % m)).view(rank, m, width).transpose(0, 1)
-        for m, eye in zip(scales, eyes, strict=True)
-    ]
-    expected = torch.cat(products).flatten(0, 1)
-    assert torch.equal(spread(seed.T, where.down), expected)
-    cotangent = torch.randn_like(expected)
-    (gradient,) = torch.autograd.grad((expected * cotangent).sum(), seed)
-    assert torch.allclose(collect(cotangent, where.down_back).T, gradient, atol=1e-12)
+    i_s, o_s = (width // min(scales) for width in widths)
+    seeds = [torch.randn(rank, width, dtype=torch.float64, requires_grad=True) for width in (i_s, o_s)]
+    where = places([(1, m) for m in scales], rank, (i_s, o_s), widths, 1)
+    products = []
+    for seed, width in zip(seeds, widths, strict=True):
+        by_scale = [
+            F.pad(torch.kron(seed[:, : width // m], torch.eye(m, dtype=torch.float64)), (0, width % m)) for m in scales
+        ]
+        products.append(torch.cat([each.reshape(rank, -1, width).transpose(0, 1) for each in by_scale]).flatten(0, 1))
+    assert torch.equal(spread(*(seed.T for seed in seeds), where), torch.cat(products, dim=1))
+    cotangents = [torch.randn_like(each) for each in products]
+    gradients = torch.autograd.grad(products, seeds, cotangents)
+    for found, expected in zip(collect(*cotangents, i_s, where), gradients, strict=True):
+        assert torch.allclose(found.T, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -86,9 +92,18 @@ def test_features_are_sorted_by_residue_and_put_back(width: int, g: int, dtype: 
 def test_row_mean_differentiates(masked: bool) -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool() if masked else None
-    assert torch.autograd.gradcheck(lambda x: row_mean(x, mask), x)
+    assert torch.autograd.gradcheck(lambda x: with_row_mean(x, token_shares(x, mask)), x)
     means = [x[0].mean(0), x[1, 0], torch.zeros(5)] if masked else list(x.mean(1))
-    assert torch.allclose(row_mean(x, mask), torch.stack(means), atol=1e-14)
+    same, mean = with_row_mean(x, token_shares(x, mask))
+    assert torch.equal(same, x)
+    assert torch.allclose(mean, torch.stack(means), atol=1e-14)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_unit_differentiates(first: int) -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit(x, first), x)
+    assert torch.allclose(unit(x, first).flatten(first), F.normalize(x.flatten(first), dim=-1))
 
 
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
@@ -105,7 +120,7 @@ def test_ept_update_differentiates(tokens: bool, widths: tuple[int, int]) -> Non
         (3, 2, 2),
         (2, 4, 4),
     ]
-    where = places([(3, 2), (2, 4)], (i // 2, o // 2), widths, 2)
+    where = places([(3, 2), (2, 4)], 2, (i // 2, o // 2), widths, 2)
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def update(y: Tensor, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
@@ -326,7 +341,7 @@ def test_more_selector_trains_and_ranks_change() -> None:
         ids = torch.arange(4).repeat(8)
         x, target = torch.randn(32, 3, 16), torch.randn(32, 3, 16)
         model(x, task_ids=ids)
-        before = adapter.ranks()[0].clone()
+        before = adapter.ranks().clone()
         optimiser = torch.optim.Adam(adapters.parameters(), lr=0.03)
         for _ in range(200):
             optimiser.zero_grad()
@@ -334,7 +349,7 @@ def test_more_selector_trains_and_ranks_change() -> None:
             loss.backward()
             optimiser.step()
         seen = adapter.gate.weight.grad is not None and bool(adapter.gate.weight.grad.any())
-        ranks[spec] = (before.tolist(), adapter.ranks()[0].tolist(), seen)
+        ranks[spec] = (before.tolist(), adapter.ranks().tolist(), seen)
     assert ranks["more"][2]
     assert ranks["more"][0] != ranks["more"][1]
     assert not ranks["more@released"][2]

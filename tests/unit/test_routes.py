@@ -61,7 +61,7 @@ def test_task_gates_are_those_of_the_adapters():
 def test_ranks_are_experts_of_which_one_is_chosen():
     model = attached("more", rank=4)
     for site in collect(model, tasks((5,))).sites:
-        ranks = model.attachment.adapters[site.site].ranks()[0]
+        ranks = model.attachment.adapters[site.site].ranks()
         assert [weights.index(1.0) + 1 for weights in site.weights] == ranks.tolist()
         assert site.weights == site.shares
         assert site.entropy == [0.0] * 3

@@ -244,6 +244,18 @@ def test_operations_and_saved_bytes_of_a_layer() -> None:
     assert costs.saved_bytes == 4 * 20 * (32 + 8 + 48)
 
 
+def test_kernels_of_a_layer() -> None:
+    """By hand: a product for the bare layer, and for the reference two more, the scale and the sum."""
+    host = tiny("32x48")
+    work = Workload("prefill", 4, 5, 1)
+    for contestant, kernels in (
+        (frozen(host, compiled=False, backward=False), 1),
+        (reference(host, None, compiled=False), 5),
+    ):
+        step = make_step(contestant, host, work, counted=True)
+        assert measure_costs(contestant, step, step, CPU).kernels == kernels
+
+
 def test_counting_leaves_parameters_as_they_were() -> None:
     host = tiny("32x48")
     ours = adapted("ours", host, moepeft.method("more", num_tasks=2), None, compiled=False)
