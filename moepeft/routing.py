@@ -28,14 +28,15 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def add_linear(
-    y: Float[Tensor, "rows *n o"], x: Float[Tensor, "rows *n k"], weight: Float[Tensor, "o k"]
-) -> Float[Tensor, "rows *n o"]:
-    """y plus the linear map of x, in y's type; one kernel where types agree."""
-    weight = weight.to(x.dtype)
-    if y.dtype != x.dtype:
-        return y + F.linear(x, weight).to(y.dtype)
-    added: Tensor = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T).view(y.shape)
-    return added
+    y: Float[Tensor, "*n o"], x: Float[Tensor, "*m k"], weight: Float[Tensor, "o k"], scale: float | None = None
+) -> Float[Tensor, "*m o"]:
+    """y plus `scale` times the linear map of x, in y's type.
+
+    In place on what the product makes, to the last bit what sums in tensors of their own would be; those take longer.
+    """
+    update = F.linear(x, weight.to(x.dtype))
+    update = update if scale is None else update.mul_(scale)
+    return update.to(y.dtype).add_(y)
 
 
 def unit(x: Float[Tensor, "*n"], first: int = 0) -> Float[Tensor, "*n"]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moepeft.context import SiteContext
 from moepeft.methods._common import check_count, check_dropout, check_positive, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
+from moepeft.routing import add_linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class LoRAAdapter(nn.Module):
         y = base(x)
         down = F.linear(self.dropout(x), self.A.to(x.dtype))
         # In the order of the `peft` package, so that results are equal to the last bit.
-        return y + (F.linear(down, self.B.to(down.dtype)) * self.scale).to(y.dtype)
+        return add_linear(y, down, self.B, self.scale)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B A."""

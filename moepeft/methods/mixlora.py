@@ -221,7 +221,7 @@ class InwardAdapter(_ExpertPairs):
             return y.repeat(self.config.top_k, *(1,) * (y.dim() - 1))
         down = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
         streams = down * self.rank_mask(choice.experts, down)
-        return (y + F.linear(streams, self.B.to(down.dtype)).to(y.dtype)).flatten(0, 1)
+        return add_linear(y, streams, self.B).flatten(0, 1)
 
     def _route(self, block: str, x: Tensor, ctx: SiteContext) -> Choice:
         weight = self._routers[0][block]
