@@ -92,6 +92,8 @@ class _Findings:
             inference_step=steps.inference_step if steps else None,
             train_tokens_per_second=steps.tokens / steps.train_step.median if steps else None,
             inference_tokens_per_second=steps.tokens / steps.inference_step.median if steps else None,
+            train_over_bare=steps.train_over_bare if steps else None,
+            inference_over_bare=steps.inference_over_bare if steps else None,
             own_share=steps.own_share if steps else None,
             others_share=steps.others_share if steps else None,
         )

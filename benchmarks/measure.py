@@ -7,6 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,16 @@ _SHORTEST_SPAN = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Step times, tokens per timed step, peak memory, and who had the processor meanwhile (`ProcessorShares`)."""
+    """Step times, tokens per timed step, peak memory, and who had the processor meanwhile (`ProcessorShares`).
+
+    Cells are timed minutes apart, and a machine's speed drifts: the bare model's forward, timed in turn with the steps,
+    is the unit in which cells compare.
+    """
 
     train_step: Quantiles
     inference_step: Quantiles
+    train_over_bare: float
+    inference_over_bare: float
     tokens: int
     memory: Memory
     own_share: float | None = None
@@ -67,15 +74,20 @@ def measure(
         ):
             trainer.model(batch)
 
+    def bare_forward() -> None:
+        attachment = trainer.attachment
+        with nullcontext() if attachment is None else attachment.disabled():
+            inference_step()
+
     trainer.model.train()
     return_free_memory(device)
     peak = PeakMemory(device)
     shares = ProcessorShares(device)
-    training = _time(train_step, plan, device, after_warmup=peak.reset)
+    training, training_over = _time(train_step, bare_forward, plan, device, after_warmup=peak.reset)
     memory = peak.read()
     trainer.model.eval()
-    inference = _time(inference_step, plan, device)
-    return Measurement(training, inference, batch.tokens, memory, *shares.read())
+    inference, inference_over = _time(inference_step, bare_forward, plan, device)
+    return Measurement(training, inference, training_over, inference_over, batch.tokens, memory, *shares.read())
 
 
 def timing_batch(
@@ -93,23 +105,28 @@ def timing_batch(
 
 def _time(
     work: Callable[[], None],
+    unit: Callable[[], None],
     plan: TimingPlan,
     device: torch.device,
     after_warmup: Callable[[], None] | None = None,
-) -> Quantiles:
+) -> tuple[Quantiles, float]:
+    """Seconds of `work`, and the median over rounds of its time over that of `unit`, run just before it."""
     for _ in range(plan.warmup):
+        unit()
         work()
     synchronise(device)
     if after_warmup is not None:
         after_warmup()
-    seconds = []
+    seconds: dict[Callable[[], None], list[float]] = {unit: [], work: []}
     for _ in range(plan.repeats):
-        start = time.perf_counter()
-        work()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    low, median, high = map(float, np.percentile(seconds, (10, 50, 90)))
-    return Quantiles(median=median, p10=low, p90=high, repeats=plan.repeats)
+        for each, spent in seconds.items():
+            start = time.perf_counter()
+            each()
+            synchronise(device)
+            spent.append(time.perf_counter() - start)
+    low, median, high = map(float, np.percentile(seconds[work], (10, 50, 90)))
+    over = float(np.median(np.divide(seconds[work], seconds[unit])))
+    return Quantiles(median=median, p10=low, p90=high, repeats=plan.repeats), over
 
 
 class PeakMemory:

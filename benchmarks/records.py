@@ -95,6 +95,10 @@ class Timing(_Strict):
     inference_step: Quantiles | None = None
     train_tokens_per_second: float | None = Field(None, description="tokens without padding, from `train_step`")
     inference_tokens_per_second: float | None = None
+    train_over_bare: float | None = Field(
+        None, description="median of `train_step` over the bare model's forward, which took turns with it"
+    )
+    inference_over_bare: float | None = Field(None, description="the same of `inference_step`")
     own_share: float | None = Field(
         None, description="processor time of the timing pass over wall time x threads; None on an accelerator"
     )

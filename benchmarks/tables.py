@@ -85,6 +85,8 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
     facts: list[dict[str, Any]] = []
     untimed: list[str] = []
     base = group.row(reference) if reference is not None else None
+    timings = [record.timing for record in group.records if record.timing is not None and record.train_step is not None]
+    in_turn = all(timing.train_over_bare is not None for timing in timings)
     for runs in group.rows:
         timed = [record for record in runs.finished if record.train_step is not None]
         if runs.finished and not timed:
@@ -92,7 +94,7 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
             continue
         fact = _timing_facts(timed)
         if base is not None:
-            fact |= _ratios(fact, _timing_facts(base.finished), base.label)
+            fact |= _ratios(fact, _timing_facts(base.finished), base.label, in_turn=in_turn)
         lines.append(
             {"method": runs.label, **(_timing_cells(fact) if timed else {"train step ms [p10-p90]": runs.failure})}
         )
@@ -103,7 +105,7 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
         _filled(lines or [{"method": "none timed"}], NOT_AVAILABLE),
         pd.DataFrame(facts or [{"method": "none timed"}]),
         (
-            *_timing_notes(group),
+            *_timing_notes(group, in_turn=in_turn),
             *_disturbance_notes(facts),
             *([f"Without a timing pass: {', '.join(untimed)}."] if untimed else []),
         ),
@@ -134,6 +136,7 @@ def _timing_facts(records: Sequence[RunRecord]) -> dict[str, Any]:
         facts[f"{phase}_tokens_per_second"] = _median(
             [getattr(timing, f"{phase}_tokens_per_second") for timing in timings]
         )
+        facts[f"{phase}_over_bare"] = _median([getattr(timing, f"{phase}_over_bare") for timing in timings])
     facts["peak_bytes"] = _median([memory.peak_bytes for memory in memories])
     facts["own_share"] = _median([timing.own_share for timing in timings])
     # Of several seeds the most disturbed one: its times are among those shown.
@@ -147,10 +150,11 @@ def _median(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _ratios(facts: dict[str, Any], base: dict[str, Any], label: str) -> dict[str, Any]:
+def _ratios(facts: dict[str, Any], base: dict[str, Any], label: str, *, in_turn: bool) -> dict[str, Any]:
     ratios = {}
     for phase in PHASES:
-        own, other = facts[f"{phase}_step_median_seconds"], base[f"{phase}_step_median_seconds"]
+        what = f"{phase}_over_bare" if in_turn else f"{phase}_step_median_seconds"
+        own, other = facts[what], base[what]
         ratios[f"{phase}_step_over_{label}"] = own / other if own is not None and other else None
     return ratios
 
@@ -193,7 +197,7 @@ def _disturbance_notes(facts: Sequence[dict[str, Any]]) -> list[str]:
     return [note]
 
 
-def _timing_notes(group: Group) -> tuple[str, ...]:
+def _timing_notes(group: Group, *, in_turn: bool) -> tuple[str, ...]:
     kinds = dict.fromkeys(record.memory.kind for record in group.records if record.memory is not None)
     shape = group.protocol.get("timing")
     shape = f" of {shape['rows']} sequences of {shape['length']} tokens" if isinstance(shape, dict) else ""
@@ -201,8 +205,15 @@ def _timing_notes(group: Group) -> tuple[str, ...]:
         f"Timing pass apart from training: steps{shape}, warm-up excluded, device synchronised; median and "
         "percentiles of a run, medians over seeds. Training s: the optimiser steps of the run itself."
     )
+    compared = (
+        "Cells are timed minutes apart. Ratios are of steps in units of the bare model's forward, which took turns "
+        "with them, so that they hold although a machine's speed drifts."
+        if in_turn
+        else "Cells are timed minutes apart: as a machine's speed drifts, so do the ratios. "
+        "`python -m benchmarks.speed` lets the methods take turns."
+    )
     told = [MEMORY_KINDS.get(kind, kind) for kind in kinds]
-    return apart, f"Peak memory of the timing pass: {', '.join(told) or 'not measured'}."
+    return apart, compared, f"Peak memory of the timing pass: {', '.join(told) or 'not measured'}."
 
 
 def _filled(lines: list[dict[str, str]], gap: str) -> pd.DataFrame:

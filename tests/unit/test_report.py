@@ -321,6 +321,23 @@ def test_throughput_is_in_milliseconds_and_relative_to_the_reference():
     assert cells(table.data, "bravissimo")["train_step_median_seconds"] == pytest.approx(0.020)
 
 
+def test_ratios_hold_although_the_machine_drifts():
+    """The reference was timed while everything took twice as long: in units of the bare forward it does not show."""
+    records = []
+    for method, over_bare in (("alpha", 3.0), ("bravissimo", 4.5)):
+        record, _ = make_record(method)
+        records.append(
+            record.model_copy(update={"timing": record.timing.model_copy(update={"train_over_bare": over_bare})})
+        )
+    table = throughput_table(only_group(*records), "alpha")
+    assert cells(table.text, "bravissimo")["train time / alpha"] == "1.50"
+    assert any("units of the bare model's forward" in note for note in table.notes)
+    older, _ = make_record("older")
+    mixed = throughput_table(only_group(*records, older), "alpha")
+    assert cells(mixed.text, "bravissimo")["train time / alpha"] == "1.33"
+    assert any("as a machine's speed drifts" in note for note in mixed.notes)
+
+
 @pytest.mark.parametrize(("shares", "mark"), [((0.01, 0.2), " †"), ((0.04, 0.03), ""), ((None, None), "")])
 def test_times_taken_beside_other_processes_are_marked(shares, mark):
     records = []
