@@ -38,6 +38,7 @@ class Runtime:
         grad_expected: whether autograd was on and the model training when the current forward began.
         losses: loss name -> site name -> recorded term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
+        of_inputs: what sites made of an input that others receive as well, by key, beside that input.
         stats: site name -> routing statistics, filled only while `recording`.
         recording: statistics are wanted.
         synchronised: what methods compute across rows they compute across all processes' rows (`joint_sum`).
@@ -53,6 +54,7 @@ class Runtime:
     grad_expected: bool = False
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     recording: bool = False
     synchronised: bool = False
@@ -69,10 +71,21 @@ class Runtime:
         if not continues:
             self.values = {}
 
+    def end(self) -> None:
+        """The forward is over, however it ended: no layer receives an input of it again.
+
+        What was made of its last inputs would take memory until the next one. What else it knew stays: checkpointing
+        recomputes during backward.
+        """
+        self.begun_by = None
+        self.of_inputs = {}
+
     def __getstate__(self) -> dict[str, Any]:
         # Activations of the last forward carry graphs, which neither pickle nor deepcopy; they are nobody's state.
         kept = self.__dict__.copy()
-        kept.update(task_ids=None, masks={}, losses={}, values={}, stats={}, continues=False, begun_by=None)
+        kept.update(
+            task_ids=None, masks={}, losses={}, values={}, of_inputs={}, stats={}, continues=False, begun_by=None
+        )
         return kept
 
 
@@ -186,12 +199,16 @@ class SiteContext:
 
         Told by identity, so that a layer recomputed by checkpointing, whose input is another tensor, makes its own.
         """
-        left = self.runtime.values.get(key)
+        left = self.runtime.of_inputs.get(key)
         if left is None or left[0] is not x:
             left = (x, make())
-            self.runtime.values[key] = left
+            self.runtime.of_inputs[key] = left
         made: T = left[1]
         return made
+
+    def taken(self, key: str) -> Any:
+        """What `of_input` made last under that key, and forget it: for the one site that ends its use."""
+        return self.runtime.of_inputs.pop(key)[1]
 
     def stat(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Record a routing statistic; free while nobody asked for them.

@@ -141,10 +141,10 @@ def _before_forward(
 
 
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The forward is over, however it ended. What it knew stays: checkpointing recomputes during backward."""
+    """The forward that this model's call began is over."""
     runtime = getattr(model, ENTRY).state.runtime
     if runtime.begun_by is model:
-        runtime.begun_by = None
+        runtime.end()
 
 
 def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.Module]:

@@ -244,8 +244,7 @@ class OutwardAdapter(_ExpertPairs):
         """Sum over streams of weight times projection."""
         block = ctx.site.block
         assert block is not None
-        choice: Choice = ctx.get(block)[1]
-        ctx.put(block, None)  # the choice holds activations: let them go with this FFN
+        choice: Choice = ctx.taken(block)  # it holds activations: let them go with this FFN
         streams = x.reshape(self.config.top_k, -1, *x.shape[1:])
         weights = choice.weights.to(x.dtype)
         y = base((streams * weights).sum(dim=0))

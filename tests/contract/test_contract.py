@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -232,6 +233,19 @@ def test_checkpointing_parity_and_refusal(host: str, spec: str) -> None:
         model.enable_input_require_grads()
         with pytest.raises(AuxLossDetached, match="use_reentrant"):
             train_step(model, adapters, batch(model))
+
+
+@everywhere
+@on_hosts
+def test_inputs_go_with_the_forward(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    received: list[weakref.ref[torch.UntypedStorage]] = []
+    for site in adapters.sites:
+        module = model.get_submodule(site.name)
+        module.register_forward_pre_hook(lambda _, args: received.append(weakref.ref(args[0].untyped_storage())))
+    run(model, batch(model), IDS)
+    assert len(received) >= len(adapters.sites)
+    assert not [left for left in received if left() is not None]
 
 
 @everywhere
