@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.data import Batch
 from benchmarks.families import Family
+from benchmarks.memory import held, memory_kind, peak_above
 from benchmarks.protocol import TimingPlan
 from benchmarks.records import Memory, Quantiles
 from benchmarks.seeds import generator
 from benchmarks.tasks.base import TaskSpec
 from benchmarks.train import Trainer, synchronise
 
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
 _STAT = Path("/proc/stat")
 # The kernel counts in hundredths of a second: a shorter span says nothing.
 _SHORTEST_SPAN = 0.5
@@ -80,14 +78,24 @@ def measure(
             inference_step()
 
     trainer.model.train()
-    return_free_memory(device)
-    peak = PeakMemory(device)
     shares = ProcessorShares(device)
-    training, training_over = _time(train_step, bare_forward, plan, device, after_warmup=peak.reset)
-    memory = peak.read()
+    training, training_over = _time(train_step, bare_forward, plan, device)
     trainer.model.eval()
     inference, inference_over = _time(inference_step, bare_forward, plan, device)
-    return Measurement(training, inference, training_over, inference_over, batch.tokens, memory, *shares.read())
+    disturbance = shares.read()
+    trainer.model.train()
+    memory = Memory(
+        peak_bytes=held(_standing(trainer), device) + peak_above(train_step, device), kind=memory_kind(device)
+    )
+    return Measurement(training, inference, training_over, inference_over, batch.tokens, memory, *disturbance)
+
+
+def _standing(trainer: Trainer) -> Iterator[Tensor]:
+    """The tensors that are there between steps."""
+    yield from trainer.model.parameters()
+    yield from trainer.model.buffers()
+    for state in trainer.optimiser.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def timing_batch(
@@ -108,15 +116,12 @@ def _time(
     unit: Callable[[], None],
     plan: TimingPlan,
     device: torch.device,
-    after_warmup: Callable[[], None] | None = None,
 ) -> tuple[Quantiles, float]:
     """Seconds of `work`, and the median over rounds of its time over that of `unit`, run just before it."""
     for _ in range(plan.warmup):
         unit()
         work()
     synchronise(device)
-    if after_warmup is not None:
-        after_warmup()
     seconds: dict[Callable[[], None], list[float]] = {unit: [], work: []}
     for _ in range(plan.repeats):
         for each, spent in seconds.items():
@@ -127,49 +132,6 @@ def _time(
     low, median, high = map(float, np.percentile(seconds[work], (10, 50, 90)))
     over = float(np.median(np.divide(seconds[work], seconds[unit])))
     return Quantiles(median=median, p10=low, p90=high, repeats=plan.repeats), over
-
-
-class PeakMemory:
-    """Peak since `reset`: of CUDA's allocator, or of the process where Linux lets the mark be reset."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._resettable = True
-
-    def reset(self) -> None:
-        """Start anew."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            return
-        try:
-            # proc(5): writing 5 sets VmHWM, the peak of the resident set, back to its present size.
-            _CLEAR_REFS.write_text("5", encoding="ascii")
-        except OSError:
-            self._resettable = False
-
-    def read(self) -> Memory:
-        """The peak, or None with a kind that says so: a mark that was not reset is another run's."""
-        if self._device.type == "cuda":
-            return Memory(peak_bytes=torch.cuda.max_memory_allocated(self._device), kind="CUDA allocator")
-        if self._resettable:
-            for line in _STATUS.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return Memory(peak_bytes=int(line.split()[1]) * 1024, kind="resident set of the process")
-        return Memory(peak_bytes=None, kind="not available")
-
-
-def return_free_memory(device: torch.device) -> None:
-    """Hand the processor's freed memory back to the system.
-
-    The resident set counts what earlier runs left behind: the later a method's turn, the more it would seem to need.
-    And a step that fills it again would not show.
-    """
-    gc.collect()
-    if device.type == "cpu":
-        library: Any = ctypes.CDLL(None)
-        trim = getattr(library, "malloc_trim", None)  # glibc's alone
-        if trim is not None:
-            trim(0)
 
 
 def keep_free_memory(device: torch.device) -> None:

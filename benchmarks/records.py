@@ -112,7 +112,7 @@ class Memory(_Strict):
 
     peak_bytes: int | None
     kind: str = Field(
-        description="what was measured: 'CUDA allocator', 'resident set of the process' or 'not available'"
+        description="what was measured: 'CUDA allocator', 'tensors alive at once', of older records something else"
     )
 
 

@@ -36,7 +36,8 @@ NOTES = (
     "On a processor the memory that a step frees stays in the process while steps are timed: no page faults.",
     "The rows belong to {tasks} tasks in turn; a merged model serves task 0 alone.",
     "frozen: the bare model, its gradient taken to the first layer's input; frozen, forward only: without gradients.",
-    "peak MiB: {peak}, above what was there before the step. saved MiB: kept for backward, weights left out.",
+    "peak MiB: {peak}, above what was there before the step; the frozen weights' {weights:,.0f} MiB come on top.",
+    "saved MiB: kept for backward, weights left out.",
     "GFLOP: counted, of matrix products. MFU: the frozen model's operations over time and the device's peak.",
     "kernels: tensor operations counted, views left out: what small steps take time for whatever their size.",
 )
@@ -153,6 +154,9 @@ class Outcome:
 
 def _compare(options: Options, settings: Settings, host: nn.Module) -> Outcome:
     """The tables of all modes and batch sizes."""
+    import torch
+
+    from benchmarks.memory import held, memory_kind
     from benchmarks.timing.contestants import reference_label
     from benchmarks.timing.lineup import line_up
     from benchmarks.timing.measuring import Schedule, failed_row, measure_group
@@ -170,8 +174,9 @@ def _compare(options: Options, settings: Settings, host: nn.Module) -> Outcome:
         groups.append(group)
     unbuilt = [failed_row(label, error) for label, error in failures.items()]
     rows = [*unbuilt, *(row for group in groups for row in group.rows)]
-    kinds = {row.costs.peak_kind for row in rows if row.costs is not None}
-    notes = [note.format(tasks=options.tasks, peak=" and ".join(sorted(kinds)) or "not available") for note in NOTES]
+    weights = held(host.parameters(), torch.device("cpu")) / 2**20
+    kind = memory_kind(next(host.parameters()).device)
+    notes = [note.format(tasks=options.tasks, peak=kind, weights=weights) for note in NOTES]
     notes += [f"{row.label}: {row.status}: {row.reason}" for row in unbuilt]
     return Outcome(
         f"Speed of {settings.described}",

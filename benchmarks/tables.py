@@ -213,7 +213,8 @@ def _timing_notes(group: Group, *, in_turn: bool) -> tuple[str, ...]:
         "`python -m benchmarks.speed` lets the methods take turns."
     )
     told = [MEMORY_KINDS.get(kind, kind) for kind in kinds]
-    return apart, compared, f"Peak memory of the timing pass: {', '.join(told) or 'not measured'}."
+    apples = ", which do not compare with one another" if len(told) > 1 else ""
+    return apart, compared, f"Peak memory of the timing pass: {'; '.join(told) or 'not measured'}{apples}."
 
 
 def _filled(lines: list[dict[str, str]], gap: str) -> pd.DataFrame:

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import PeakMemory, return_free_memory
+from benchmarks.memory import memory_kind, peak_above
 from benchmarks.timing.clock import Step
 from benchmarks.timing.contestants import Contestant
-from benchmarks.train import synchronise
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +25,14 @@ class Costs:
         flops: floating-point operations of its matrix products, a multiply and an add each.
         kernels: tensor operations other than views, each one kernel or a few.
         saved_bytes: what autograd keeps for the backward pass, weights and each storage's second mention left out.
-        peak_bytes: peak memory above that before the step; None where it cannot be read.
+        peak_bytes: most memory at once, above that before the step.
         peak_kind: where `peak_bytes` was read.
     """
 
     flops: int
     kernels: int
     saved_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int
     peak_kind: str
 
 
@@ -42,8 +41,8 @@ def measure_costs(contestant: Contestant, timed: Step, eager: Step, device: torc
 
     Args:
         contestant: whose steps they are.
-        timed: the step as it is timed; its peak memory is measured.
-        eager: the same to count, not compiled: compiled code shows neither its operations nor what it saves.
+        timed: the step as it is timed; where the device's allocator counts, its peak memory is measured.
+        eager: the same to count, not compiled: compiled code shows neither its operations nor its tensors.
         device: where they run.
     """
     saved = _SavedTensors(contestant)
@@ -54,8 +53,8 @@ def measure_costs(contestant: Contestant, timed: Step, eager: Step, device: torc
         eager.prepare()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             eager.run()
-    peak_bytes, kind = _peak(contestant, timed, device)
-    return Costs(counter.get_total_flops(), kernels.total, saved.total, peak_bytes, kind)
+    peak_bytes = _peak(contestant, timed if device.type == "cuda" else eager, device)
+    return Costs(counter.get_total_flops(), kernels.total, saved.total, peak_bytes, memory_kind(device))
 
 
 @contextmanager
@@ -107,19 +106,9 @@ class _SavedTensors:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._seen.values())
 
 
-def _peak(contestant: Contestant, step: Step, device: torch.device) -> tuple[int | None, str]:
+def _peak(contestant: Contestant, step: Step, device: torch.device) -> int:
     for parameter in contestant.parameters:
         parameter.grad = None
     with step.around():
         step.prepare()
-        synchronise(device)
-        return_free_memory(device)
-        peak = PeakMemory(device)
-        peak.reset()
-        before = peak.read()
-        step.run()
-        synchronise(device)
-        after = peak.read()
-    if before.peak_bytes is None or after.peak_bytes is None:
-        return None, after.kind
-    return after.peak_bytes - before.peak_bytes, after.kind
+        return peak_above(step.run, device)

@@ -44,7 +44,7 @@ def _cells(row: Row, reference: str) -> dict[str, str]:
     if row.tokens_per_second is not None:
         cells["tokens/s"] = f"{row.tokens_per_second:,.0f}"
     if row.costs is not None:
-        cells["peak MiB"] = NOTHING if row.costs.peak_bytes is None else f"{row.costs.peak_bytes / _MEBI:,.1f}"
+        cells["peak MiB"] = f"{row.costs.peak_bytes / _MEBI:,.1f}"
         cells["saved MiB"] = f"{row.costs.saved_bytes / _MEBI:,.1f}" if row.costs.saved_bytes else NOTHING
         cells["GFLOP"] = three_digits(row.costs.flops / 1e9)
         cells["kernels"] = f"{row.costs.kernels:,}"

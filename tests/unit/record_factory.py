@@ -142,7 +142,7 @@ def _cost(cell: Cell, *, trained: bool) -> dict[str, Any]:
             setup_seconds=0.5, train_seconds=100 * step, evaluate_seconds=0.3, train_step=quantiles,
             inference_step=quantiles, train_tokens_per_second=64 / step, inference_tokens_per_second=64 / step,
         ),
-        "memory": Memory(peak_bytes=200 * 2**20, kind="resident set of the process"),
+        "memory": Memory(peak_bytes=200 * 2**20, kind="tensors alive at once"),
         "curve": [
             CurvePoint(
                 step=s, losses={"task": 1 / (1 + s / 20) + len(cell.method) / 50 + cell.seed / 40},

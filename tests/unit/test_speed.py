@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import moepeft
 from benchmarks import speed
-from benchmarks.measure import PeakMemory, return_free_memory
 from benchmarks.protocol import UsageError
 from benchmarks.timing.clock import Step, interleave, paired_ratio, quantiles
 from benchmarks.timing.contestants import FROZEN, adapted, frozen, merged, reference, reference_label
@@ -468,24 +467,3 @@ def test_kept_memory_costs_no_page_faults():
         # 40 MB are 10,000 pages, which are touched once for each place that the heap finds for them, a few at most;
         # given back each time, they would be 200,000 faults.
         assert int(found.stdout) < 60_000
-
-
-def test_memory_that_others_freed_is_nobodys_peak():
-    """A block at the end keeps the heap from shrinking: without giving memory back, 200 MB would stay in the peak."""
-    cpu = torch.device("cpu")
-
-    def peak() -> int | None:
-        return_free_memory(cpu)
-        meter = PeakMemory(cpu)
-        meter.reset()
-        found = meter.read()
-        assert (found.kind == "not available") == (found.peak_bytes is None)
-        return found.peak_bytes
-
-    before = peak()
-    if before is None:  # Only Linux lets a process reset the mark.
-        return
-    blocks = [torch.ones(1 << 14) for _ in range(3200)]
-    assert (peak() or 0) > before + 150 * 2**20
-    del blocks[:-1]
-    assert (peak() or 0) < before + 50 * 2**20
