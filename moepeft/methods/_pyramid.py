@@ -28,7 +28,7 @@ FEW_TOKENS = 16
 
 def add_kronecker_update(
     y: Float[Tensor, "rows *n out"],
-    apart: Float[Tensor, "groups g tokens i_g"],
+    apart: Apart,
     weights: Float[Tensor, "*some experts"],
     A: Float[Tensor, "r i_s"],
     B: Float[Tensor, "o_s r"],
@@ -46,18 +46,44 @@ def add_kronecker_update(
         kernels: per scale.
         where: what `places` gives for this site.
     """
-    device = apart.device.type
+    features, source = apart
+    device = features.device.type
     if torch.is_autocast_enabled(device):
-        apart = apart.to(torch.get_autocast_dtype(device))
-    updated: Tensor = _KroneckerUpdate.apply(y, apart, weights.flatten(0, -2), A, B, *where, *kernels)  # type: ignore[no-untyped-call]
+        features = features.to(torch.get_autocast_dtype(device))
+    if source is not None and not takes_apart_again(source, features):
+        source = None
+    updated: Tensor = _KroneckerUpdate.apply(y, features, source, weights.flatten(0, -2), A, B, *where, *kernels)  # type: ignore[no-untyped-call]
     return updated
+
+
+class Apart(NamedTuple):
+    """What the update reads of a site's input x.
+
+    Attributes:
+        features: those of each residue mod g beside each other, (groups, g, tokens, i_g); of the release's operator x.
+        source: the x they were taken from, without its graph; None if they cannot be taken from it again.
+    """
+
+    features: Tensor
+    source: Tensor | None = None
+
+
+def takes_apart_again(source: Tensor, features: Tensor) -> bool:
+    """Whether x is kept for backward, since others often keep it as well (attention its output, ReLU its own).
+
+    Of T5 the features would be a quarter of what is kept. To take x apart again costs next to nothing where memory is
+    fast, but 1.5 % of a step on a processor.
+    """
+    return source.device.type != "cpu" and source.dtype == features.dtype
 
 
 class _KroneckerUpdate(torch.autograd.Function):
     """Both directions by hand: a third of autograd's kernels, most of them tiny, and half of what it keeps."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, apart: Tensor, weights: Tensor, A: Tensor, B: Tensor, *rest: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, apart: Tensor, source: Tensor | None, weights: Tensor, A: Tensor, B: Tensor, *rest: Tensor
+    ) -> Tensor:
         where, kernels = Places(*rest[: len(Places._fields)]), rest[len(Places._fields) :]
         with torch.autocast(device_type=apart.device.type, enabled=False):
             both = spread(A.T, B, where).to(apart.dtype)
@@ -66,23 +92,25 @@ class _KroneckerUpdate(torch.autograd.Function):
             bank = numbers.index_select(0, where.bank.flatten()).view(where.bank.shape)
             low = into_rank_space(apart, down)
             kernel = (weights @ bank.flatten(1)).view(-1, *bank.shape[1:]).to(low.dtype)
-            ctx.save_for_backward(apart, weights, down, up, bank, low, kernel, *where)
+            kept = apart if source is None else source
+            ctx.save_for_backward(kept, weights, down, up, bank, low, kernel, *where)
+            ctx.again = source is not None
             ctx.i_s, ctx.kernels = A.shape[1], [each.shape for each in kernels]
             return add_together(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        apart, weights, down, up, bank, low, kernel, *rest = ctx.saved_tensors
+        kept, weights, down, up, bank, low, kernel, *rest = ctx.saved_tensors
         where = Places(*rest)
-        groups, g, tokens, _ = apart.shape
+        groups, g, _, tokens = low.shape
         with torch.autocast(device_type=grad.device.type, enabled=False):
             of_update = residues(grad.to(low.dtype).reshape(groups, tokens, -1), g)
             of_mixed = into_rank_space(of_update, up)
             # Cheaper made again than kept.
             of_up = of_factor(mix(kernel, low), of_update)
             of_low = mix(kernel.mT, of_mixed)
-            of_down = of_factor(of_low, apart)
+            of_down = of_factor(of_low, residues(kept.reshape(groups, tokens, -1), g) if ctx.again else kept)
             of_apart = out_of_rank_space(of_low, down) if ctx.needs_input_grad[1] else None
             flat = groups, bank.shape[-1], -1
             of_kernel = (of_mixed.view(flat) @ low.view(flat).mT).flatten(1).to(weights.dtype)
@@ -92,29 +120,34 @@ class _KroneckerUpdate(torch.autograd.Function):
             of_A, of_B = collect(of_down, of_up, ctx.i_s, where)
         none = (None,) * len(Places._fields)
         of_kernels = (n.view(s) for n, s in zip(split, ctx.kernels, strict=True))
-        return grad, of_apart, of_weights, of_A.T, of_B, *none, *of_kernels
+        return grad, of_apart, None, of_weights, of_A.T, of_B, *none, *of_kernels
 
 
 def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k tokens"]) -> Tensor:
     """K (x) I_r of every group applied to its tokens in rank space."""
-    return (kernel @ low.view(len(kernel), kernel.shape[-1], -1)).view_as(low)
+    return torch.bmm(kernel, low.view(*kernel.shape[:2], -1)).view(low.shape)
 
 
 def into_rank_space(
     apart: Float[Tensor, "groups g tokens d_g"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g k tokens"]:
     """`factor` applied to every token's residues; tokens last, so that `mix` reads and writes them where they are."""
-    if _multiply_first(apart, apart.shape[2]):
+    groups, g, tokens, width = apart.shape
+    if _multiply_first(apart, tokens):
         return transposed(F.linear(apart, factor))
-    stack = apart.flatten(0, 1)
-    return torch.bmm(factor.expand(len(stack), -1, -1), stack.mT).view(*apart.shape[:2], -1, apart.shape[2])
+    stack = apart.view(groups * g, tokens, width)
+    return torch.bmm(factor.expand(groups * g, -1, -1), stack.mT).view(groups, g, -1, tokens)
 
 
 def out_of_rank_space(
     low: Float[Tensor, "groups g k tokens"], factor: Float[Tensor, "k d_g"]
 ) -> Float[Tensor, "groups g tokens d_g"]:
     """The transposed `factor` applied to every token."""
-    return (transposed(low) if _multiply_first(low, low.shape[3]) else low.mT) @ factor
+    groups, g, k, tokens = low.shape
+    if _multiply_first(low, tokens):
+        return F.linear(transposed(low), factor.T)
+    stack = low.view(groups * g, k, tokens)
+    return torch.bmm(stack.mT, factor.expand(groups * g, -1, -1)).view(groups, g, tokens, -1)
 
 
 def _multiply_first(x: Tensor, tokens: int) -> bool:
@@ -127,7 +160,7 @@ def of_factor(
 ) -> Float[Tensor, "k d_g"]:
     """Sum over tokens of outer products, as the factors' gradients are."""
     # This way round the product is faster than the other.
-    return (apart.flatten(0, 2).T @ transposed(low).flatten(0, 2)).T
+    return torch.mm(apart.flatten(0, 2).T, transposed(low).flatten(0, 2)).T
 
 
 class Places(NamedTuple):
@@ -214,7 +247,7 @@ def branches(
     weights: Float[Tensor, "*some experts"],
     g: int,
     summed: Float[Tensor, "rows tokens"] | None = None,
-) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "groups g tokens d_g"], Float[Tensor, "rows d"] | None]:
+) -> tuple[Float[Tensor, "rows *n d"], Apart, Float[Tensor, "rows d"] | None]:
     """What reads a site's input: the frozen layer, the update, and a sum over a row's tokens.
 
     Args:
@@ -226,8 +259,8 @@ def branches(
     Returns:
         x, x taken apart, the sum: with one gradient, made in one pass.
     """
-    branched: tuple[Tensor, Tensor, Tensor | None] = _Branches.apply(x, weights.dim() - 1, g, summed)  # type: ignore[no-untyped-call]
-    return branched
+    for_base, features, mean = _Branches.apply(x, weights.dim() - 1, g, summed)  # type: ignore[no-untyped-call]
+    return for_base, Apart(features, x.detach()), mean
 
 
 class _Branches(torch.autograd.Function):

@@ -57,7 +57,7 @@ from moepeft.methods._common import (
     uniform,
     with_summary,
 )
-from moepeft.methods._pyramid import Places, add_channel_update, add_kronecker_update, branches, places
+from moepeft.methods._pyramid import Apart, Places, add_channel_update, add_kronecker_update, branches, places
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, top_k_gates
 
@@ -260,26 +260,28 @@ class EPTAdapter(nn.Module):
     def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor) -> Float[Tensor, "rows *n o"]:
         """Sum over experts of gate times W_e x; gates are (rows, experts) or (rows, *n, experts)."""
         nothing = x.new_zeros(*x.shape[:-1], self.out_features)
-        read = x if self.config.operator == "channel" else branches(x, gates, self.config.common_scale)[1]
-        return self._add_update(nothing, read, gates)
+        channel = self.config.operator == "channel"
+        return self._add_update(
+            nothing, Apart(x) if channel else branches(x, gates, self.config.common_scale)[1], gates
+        )
 
-    def _branches(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _branches(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> tuple[Tensor, Apart, Tensor | None]:
         """What the frozen layer, the update and, if there is one, the loss read of the input."""
         if self.config.operator == "channel":
             x, summary = with_summary(x, ctx, self.config.anchor) if self._wants_loss else (x, None)
-            return x, x, summary
+            return x, Apart(x), summary
         shares = ctx.token_shares(x) if self._wants_loss and self.config.anchor == "mean" else None
         for_base, for_update, mean = branches(x, gates, self.config.common_scale, shares)
         return for_base, for_update, first_position(x) if self._wants_loss and shares is None else mean
 
-    def _add_update(self, y: Tensor, branch: Tensor, gates: Tensor) -> Tensor:
+    def _add_update(self, y: Tensor, apart: Apart, gates: Tensor) -> Tensor:
         weights = gates * self.expert_scale
         if self.by_scale is not None:
             weights = weights.index_select(-1, self.by_scale)
         if self.config.operator == "channel":
-            return add_channel_update(y, branch, weights, self.A, self.B, list(self.kernels))
+            return add_channel_update(y, apart.features, weights, self.A, self.B, list(self.kernels))
         where = Places(*(getattr(self, f"places_{name}") for name in Places._fields))
-        return add_kronecker_update(y, branch, weights, self.A, self.B, list(self.kernels), where)
+        return add_kronecker_update(y, apart, weights, self.A, self.B, list(self.kernels), where)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
@@ -291,12 +293,13 @@ class EPTAdapter(nn.Module):
             gates = self.expert_weights(self.task_embedding).index_select(0, tasks)
         ctx.stat("gates", gates)
         # Made once for q, k and v.
-        for_base, for_update, summary = ctx.of_input("branches", x, lambda: self._branches(x, gates, ctx))
+        for_base, apart, summary = ctx.of_input("branches", x, lambda: self._branches(x, gates, ctx))
         if summary is not None:
             assert tasks is not None
             record_contrastive(ctx, summary, self.task_embedding, tasks)
-        # To drop features before or after they are sorted is the same.
-        return self._add_update(base(for_base), self.dropout(for_update), gates)
+        if self.training and self.dropout.p:  # before or after features are sorted is the same
+            apart = Apart(self.dropout(apart.features))
+        return self._add_update(base(for_base), apart, gates)
 
     @property
     def _wants_loss(self) -> bool:

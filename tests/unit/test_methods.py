@@ -15,6 +15,7 @@ import moepeft
 from benchmarks.planning import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
+from moepeft.methods import _pyramid
 from moepeft.methods._pyramid import (
     add_kronecker_update,
     add_together,
@@ -108,8 +109,12 @@ def test_unit_differentiates(first: int) -> None:
 
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
 @pytest.mark.parametrize("tokens", [False, True])
-def test_ept_update_differentiates(tokens: bool, widths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_ept_update_differentiates(
+    again: bool, tokens: bool, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's own check of a hand-written backward, against finite differences; once only, and it says so."""
+    monkeypatch.setattr(_pyramid, "takes_apart_again", lambda source, apart: again)
     i, o = widths
     shapes = [
         (2, 3, o),
@@ -124,9 +129,9 @@ def test_ept_update_differentiates(tokens: bool, widths: tuple[int, int]) -> Non
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def update(y: Tensor, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
-        x, apart, mean = branches(x, weights, 2, torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=x.dtype))
+        z, apart, mean = branches(x, weights, 2, torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=x.dtype))
         assert mean is not None
-        return add_kronecker_update(y + x.square().sum(), apart, weights, A, B, kernels, where) * mean.square().sum()
+        return add_kronecker_update(y + z.square().sum(), apart, weights, A, B, kernels, where) * mean.square().sum()
 
     assert torch.autograd.gradcheck(update, leaves)
     (first,) = torch.autograd.grad(update(*leaves).square().sum(), leaves[3], create_graph=True)
