@@ -16,6 +16,7 @@ from .counting import ParameterCount, count_parameters
 from .errors import AlreadyAttached, AuxLossDetached, Unsupported
 from .hooks import ENTRY, SLOT, Entry, Slot, State, checked_ids, install, remove
 from .protocols import AdapterFactory, LinearSite
+from .shards import is_sharded, laid_out
 from .sites import SitePattern, find_sites, select_sites
 
 
@@ -77,8 +78,29 @@ class Attachment:
         """Load what `state_dict` gave. Names and shapes must agree exactly (`moepeft.load` checks them first)."""
         for name, module in self._modules():
             prefix = f"{name}."
-            part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-            module.load_state_dict(part, strict=True)
+            _load(module, {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the adapters anew and in place, as `attach` did: parameters, buffers and constants.
+
+        A model made on the meta device needs it once `to_empty` has given it memory, before values are loaded.
+
+        Raises:
+            Unsupported: an adapted layer is on the meta device still.
+        """
+        home = next(self.module(self.sites[0]).parameters()).device
+        if home.type == "meta":
+            raise Unsupported("the model is on the meta device: give it memory first, by model.to_empty(device=...)")
+        shared, built = _drawn(self.factory, self.sites)
+        for (_, module), drawn in zip(self._modules(), [*([] if shared is None else [shared]), *built], strict=True):
+            if _on_meta(module):  # memory was given to the base alone
+                module.to_empty(device=home)
+            _load(module, drawn.state_dict())
+            constants = dict(drawn.named_buffers())
+            for key, buffer in module.named_buffers():
+                buffer.copy_(constants[key])
+        self._state.without_values = None
 
     def parameter_count(self) -> ParameterCount:
         """Trainable numbers, measured on the modules and by the method's closed form."""
@@ -197,6 +219,17 @@ class Attachment:
         """
         io.save(self, Path(folder))
 
+    def restore(self, folder: str | Path) -> None:
+        """Give the adapters the values that `save` wrote of others of the same method, configuration and sites.
+
+        The modules stay, and so do the optimisers and wrappers that hold their parameters, sharded ones included
+        (FSDP), where every process must call it.
+
+        Raises:
+            AdapterFileError: the files are damaged or for other adapters; nothing was changed.
+        """
+        io.restore(self, Path(folder))
+
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""
         if self.merged:
@@ -240,21 +273,26 @@ def attach(model: nn.Module, factory: AdapterFactory, sites: SitePattern | None 
 
     Raises:
         NoMatchingSite: `sites` matches nothing.
-        Unsupported: the method cannot work on this model.
+        Unsupported: the method cannot work on this model, or its weights are sharded already.
         AlreadyAttached: the model has adapters.
     """
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise Unsupported(
+            "the model's weights are sharded, and its processes would train other adapters each: attach first, then "
+            "shard the model with them; saved values are read by their restore() afterwards"
+        )
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
     chosen = tuple(factory.select(select_sites(find_sites(model), sites)))
     if not chosen:
         raise Unsupported(f"{factory.name} can adapt none of the chosen layers")
-    shared = factory.shared(chosen)
-    built = [factory.build(site, shared) for site in chosen]
-
+    shared, built = _drawn(factory, chosen)
     state = State(model, factory, chosen, shared)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     install(model, state, built)
+    if _on_meta(built[0]):
+        state.without_values = built[0]
     return Attachment(model)
 
 
@@ -267,6 +305,21 @@ def attachment(model: nn.Module) -> Attachment:
     if not hasattr(model, ENTRY):
         raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
     return Attachment(model)
+
+
+def _drawn(factory: AdapterFactory, sites: tuple[LinearSite, ...]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """What all sites share, and an adapter for each of them, with first values."""
+    shared = factory.shared(sites)
+    return shared, [factory.build(site, shared) for site in sites]
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({key: laid_out(value, own.get(key, value)) for key, value in state.items()}, strict=True)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _widened(term: Any) -> Any:

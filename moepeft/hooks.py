@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import Runtime, SiteContext
-from .errors import MissingRouting
+from .errors import MissingRouting, Unsupported
 from .protocols import AdapterFactory, LinearSite, Stream
 
 SLOT = "moepeft"
@@ -55,6 +55,8 @@ class State:
         self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.kept: dict[str, Tensor] | None = None
         self.merged_task: int | None = None
+        # An adapter that was attached on the meta device, until all of them are given values.
+        self.without_values: nn.Module | None = None
 
 
 class Entry(NamedTuple):
@@ -127,6 +129,11 @@ def _before_forward(
     state, names = getattr(model, ENTRY)
     if state.runtime.begun_by is not None:  # the encoder, called by the model's own forward
         return args, kwargs
+    if state.without_values is not None and not next(state.without_values.parameters()).is_meta:
+        raise Unsupported(
+            "the adapters were attached on the meta device and to_empty() gave them memory but no values: call "
+            "reset_parameters() on their attachment, then load what there is to load"
+        )
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     task_ids = kwargs.pop("task_ids", None)
     if task_ids is not None:

@@ -15,6 +15,7 @@ from .errors import AdapterFileError
 from .files import check_values, read_json, read_tensors, replacing, write_tensors
 from .protocols import AdapterFactory
 from .registry import from_config
+from .shards import whole
 from .sites import find_sites
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites
 def save(attachment: Attachment, folder: Path) -> None:
     """Write an attachment's weights and description."""
     text = json.dumps(_description(attachment), indent=1) + "\n"
-    state = {name: _whole(value) for name, value in attachment.state_dict().items()}
+    state = {name: whole(value) for name, value in attachment.state_dict().items()}
     path = folder / CONFIG
     # Both are written before either takes its place; the weights do so first, so that no description is there without.
     with replacing(path) as description, replacing(folder / WEIGHTS) as weights:
@@ -37,13 +38,6 @@ def save(attachment: Attachment, folder: Path) -> None:
         if path.is_file() and path.read_bytes() != text.encode():
             # Stopped from here on, other adapters' description must not stand beside weights of the same shapes.
             path.unlink()
-
-
-def _whole(value: Tensor) -> Tensor:
-    """All of a tensor of which this process may hold one shard (FSDP); then every process must ask for it."""
-    gather = getattr(value, "full_tensor", None)
-    full: Tensor = value if gather is None else gather()
-    return full
 
 
 def _description(attachment: Attachment) -> dict[str, Any]:
@@ -95,15 +89,8 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
     return attachment
 
 
-def restore(attachment: Attachment, folder: str | Path) -> None:
-    """Give adapters the values saved in `folder` by adapters of the same method, configuration and sites.
-
-    The modules stay, and so do the optimisers and wrappers that hold their parameters.
-
-    Raises:
-        AdapterFileError: anything is wrong with the files, or they are for other adapters; nothing was changed.
-    """
-    folder = Path(folder)
+def restore(attachment: Attachment, folder: Path) -> None:
+    """Read what `save` wrote into adapters of the same method, configuration and sites; see `Attachment.restore`."""
     description = _read_description(folder)
     own = _description(attachment)
     for key in ("method", "config", "sites", "tensors"):

@@ -168,7 +168,7 @@ def restore_adapted(model: nn.Module, folder: str | Path) -> None:
             f"{Path(folder) / TRAINED} holds {sorted(saved) or 'nothing'}, but the model trains "
             f"{sorted(others) or 'nothing'} beside its adapters: unfreeze after attach() what was trained then"
         )
-    io.restore(attachment(model), folder)
+    attachment(model).restore(folder)
     _copy(saved, others)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from moepeft.errors import AuxLossDetached, MissingRouting, NotMergeable
+from moepeft.errors import AuxLossDetached, MissingRouting, NotMergeable, Unsupported
 from moepeft.registry import factory_class
 from tests.hosts import HOSTS, batch, build, output, rows_of
 
@@ -211,6 +211,58 @@ def test_count_equals_closed_form(host: str, spec: str) -> None:
     with torch.device("meta"):
         model = HOSTS[host]()
         assert moepeft.attach(model, make(spec)).parameter_count().total == count.total
+
+
+@everywhere
+@on_hosts
+@pytest.mark.parametrize("memory", ["for all", "for the base"])
+def test_model_made_without_memory(host: str, spec: str, memory: str) -> None:
+    """As large models are made to be sharded: its shape first, then memory, which holds anything, then values."""
+    bare, (_, wanted) = build(host), attached(host, spec, random=False)
+    with torch.device("meta"):
+        model = HOSTS[host]().eval()
+    adapters = moepeft.attach(model, make(spec))
+    with pytest.raises(Unsupported, match="to_empty"):
+        adapters.reset_parameters()
+    if memory == "for all":
+        model.to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.detach().fill_(3)
+        with pytest.raises(Unsupported, match="reset_parameters"):
+            run(model, batch(model), IDS)
+        model.load_state_dict(bare.state_dict(), strict=False)
+    else:
+        model.load_state_dict(bare.state_dict(), strict=False, assign=True)
+    for name, value in bare.named_buffers():  # those of transformers that are in no state dict
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, value.clone())
+    torch.manual_seed(5)
+    adapters.reset_parameters()
+    assert_same(adapters, wanted)
+
+
+@everywhere
+@on_hosts
+def test_start_again(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    train_step(model, adapters, batch(model))
+    before = dict(adapters.named_parameters())
+    torch.manual_seed(5)
+    adapters.reset_parameters()
+    assert all(before[name] is parameter for name, parameter in adapters.named_parameters())
+    assert_same(adapters, attached(host, spec, random=False)[1])
+
+
+def assert_same(one: moepeft.Attachment, other: moepeft.Attachment) -> None:
+    """Bit for bit, in what they hold and in what they make of a batch."""
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    outputs = []
+    for model in (one.model, other.model):
+        torch.manual_seed(6)  # a data-aware start draws
+        outputs.append(run(model, batch(model), IDS))
+    assert torch.equal(*outputs)
 
 
 @everywhere

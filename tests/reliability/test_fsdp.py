@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import moepeft
-from tests.hosts import batch, output, rows_of
-from tests.unit.test_ddp import HALVES, IDS, JOINT, SPECS, away_from_start, difference
+from moepeft.errors import Unsupported
+from tests.hosts import batch, build, output, rows_of
+from tests.unit.test_ddp import HALVES, IDS, JOINT, SPECS, away_from_start, difference, make
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,8 +28,44 @@ PROCESSES = 2
 
 
 def sharded(spec: str) -> tuple[nn.Module, moepeft.Attachment]:
-    """Every layer a group of its own, as one would shard a large model."""
+    """As values are there."""
     model, adapters = away_from_start("llama", spec)
+    shard(model, adapters)
+    return model, adapters
+
+
+def sharded_without_memory(spec: str, saved: Path) -> tuple[nn.Module, moepeft.Attachment]:
+    """As a model is made that fits in no single device's memory, and adapters saved before are put on it."""
+    whole_one, of_whole = away_from_start("llama", spec)
+    of_whole.save(saved)
+    with torch.device("meta"):
+        model = build("llama")
+    adapters = moepeft.attach(model, make(spec))
+    shard(model.double().train(), adapters)
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, of_whole.detach().state_dict(), options=options)
+    for name, buffer in whole_one.named_buffers():  # transformers' own, in no state dict
+        model.get_buffer(name).copy_(buffer)
+    adapters.reset_parameters()
+    check_same_on_all(adapters)
+    adapters.restore(saved)
+    return model, adapters
+
+
+def check_same_on_all(adapters: moepeft.Attachment) -> None:
+    """Every process draws its own numbers; those of the first stand on all."""
+    for name, value in adapters.state_dict().items():
+        full = whole(value).double()
+        first = full.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(full, first), name
+        if name.endswith(".A"):
+            assert full.std() > 0
+
+
+def shard(model: nn.Module, adapters: moepeft.Attachment) -> None:
+    """Every layer a group of its own, as one would shard a large model."""
     adapters.synchronise()
     mesh = init_device_mesh("cpu", (PROCESSES,))
     if adapters.shared is not None and any(True for _ in adapters.shared.parameters()):
@@ -36,7 +74,6 @@ def sharded(spec: str) -> tuple[nn.Module, moepeft.Attachment]:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, adapters
 
 
 def step(model: nn.Module, adapters: moepeft.Attachment, rows: list[int], seed: int) -> dict[str, Tensor]:
@@ -61,12 +98,16 @@ def process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found: dict[str, Any] = {}
     for spec in SPECS:
+        other, of_other = sharded_without_memory(spec, Path(folder) / f"rank{rank}" / spec)
+        found[f"{spec} restored"] = [step(other, of_other, HALVES[rank], seed) for seed in range(2)]
         model, adapters = sharded(spec)
         split = [p for p in model.parameters() if isinstance(p, DTensor) and p.to_local().numel() < p.numel()]
         found[f"{spec} split"] = len(split) / len(list(model.parameters()))
         found[f"{spec} gradients"] = [step(model, adapters, HALVES[rank], seed) for seed in range(2)]
         adapters.save(f"{folder}/{spec}")
         dist.barrier()
+    with pytest.raises(Unsupported, match="attach first"):
+        moepeft.attach(fully_shard(build("llama")), make("lora"))
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -86,6 +127,7 @@ def test_sharded_processes_have_the_gradients_of_one(spec: str, ranks: tuple[Pat
     for rank in found:
         assert rank[f"{spec} split"] == 1.0
         assert difference(rank[f"{spec} gradients"], expected) < 1e-10
+        assert difference(rank[f"{spec} restored"], expected) < 1e-10
 
     torch.set_default_dtype(torch.float64)
     try:

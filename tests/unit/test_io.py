@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import moepeft
-from moepeft import io
 from moepeft.errors import AdapterFileError
 from tests.hosts import batch, build, output
 
@@ -167,7 +166,7 @@ def test_damaged_folders_are_refused_and_the_model_is_untouched(name: str, saved
     own = moepeft.attach(model, moepeft.method("ept", num_tasks=3))  # and it can take adapters as if nothing was
     kept = copy.deepcopy(own.state_dict())
     with pytest.raises(AdapterFileError):
-        io.restore(own, saved)
+        own.restore(saved)
     assert all(torch.equal(value, kept[key]) for key, value in own.state_dict().items())
 
 
