@@ -357,7 +357,7 @@ def test_the_command_runs_a_suite_of_text_answers(tmp_path: Path, monkeypatch, c
     assert found["bare"].parameters.base == found["lora"].parameters.base > 0
     assert found["bare"].parameters.adapter == 0 < found["lora"].parameters.adapter
     assert found["lora"].timing.train_step is not None
-    assert found["lora"].timing.train_over_bare > found["lora"].timing.inference_over_bare > 0
+    assert min(found["lora"].timing.train_over_bare, found["lora"].timing.inference_over_bare) > 0
     assert "bare" in Path("results/tables/scores.md").read_text()
     assert main([*flags[:-1], "cpu", "--plan"]) == 0
     assert "0 of 4 cells to run" in capsys.readouterr().out

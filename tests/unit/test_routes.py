@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
 import moepeft
-from benchmarks import measure, routes
+from benchmarks import routes
 from benchmarks.data import Row, TokenisedTask
 from benchmarks.families.encoder import Encoder, MultiTaskModel
-from benchmarks.measure import ProcessorShares, busy_seconds
 from benchmarks.tasks.base import TaskSpec
 from tests import hosts
 
@@ -140,31 +137,3 @@ def test_shared_embeddings_are_one_table_and_fewer_tasks_than_components_are_no_
     lonely = routes.embedding_map("site", torch.randn(1, 4).double())
     assert lonely.points == [[0.0, 0.0]]
     assert lonely.explained == [0.0, 0.0]
-
-
-# ---------------------------------------------------------------------- who had the processor
-
-
-def test_busy_seconds_are_of_this_process_cores(tmp_path, monkeypatch):
-    stat = tmp_path / "stat"
-    stat.write_text("cpu 9 9 9 9 9 9 9 9 0 0\ncpu0 100 20 3 999 999 4 5 68 7 7\ncpu1 9 9 9 9 9 9 9 9 0 0\n"
-                    "cpu2 50 0 0 0 0 0 0 0 0 0\nintr 1\n")  # fmt: skip
-    monkeypatch.setattr(measure, "_STAT", stat)
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 2}, raising=False)
-    monkeypatch.setattr("os.sysconf", lambda name: 100)
-    assert busy_seconds() == pytest.approx(2.5)
-    stat.unlink()
-    assert busy_seconds() is None
-
-
-def test_shares_of_own_threads_and_of_others(monkeypatch):
-    clock, own, busy = iter([10.0, 14.0, 14.0, 14.1]), iter([1.0, 7.0, 0.0, 0.0]), iter([100.0, 107.0, 0.0])
-    counters = SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: next(own))
-    monkeypatch.setattr(measure, "time", counters)
-    monkeypatch.setattr(measure, "busy_seconds", lambda: next(busy))
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    # In 4 s on two cores: 6 of 8 s for two threads, 1 of 8 s for others.
-    assert ProcessorShares(torch.device("cpu")).read() == (0.75, 0.125)
-    # A tenth of a second is too short to tell.
-    assert ProcessorShares(torch.device("cpu")).read() == (None, None)
