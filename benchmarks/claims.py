@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import nn
 
 import moepeft
-from benchmarks.shapes import build_shape
+from benchmarks.backbones.shapes import build_shape
 from moepeft.counting import ParameterCount
 
 PUBLISHED = Path(__file__).with_name("published.toml")

@@ -15,19 +15,19 @@ from typing import Annotated
 import matplotlib as mpl
 import tyro
 
-from benchmarks.captions import group_caption, records_hash
-from benchmarks.comparison import comparison_table, equivalence_band
-from benchmarks.difference import difference_markdown
-from benchmarks.figures import draw_figures
-from benchmarks.groups import Group, group_records
-from benchmarks.readme import ReadmeError, shown_folders, updated_readme
-from benchmarks.records import RunRecord
-from benchmarks.rendering import Table, to_csv, to_latex, to_markdown
-from benchmarks.scores import scores_table
-from benchmarks.store import RecordError, Store, replacing
-from benchmarks.tables import InconsistentRecordsError, parameters_table, throughput_table
-from benchmarks.trials import trial_store
-from benchmarks.tuning_report import draw_tuning, tuning_tables
+from benchmarks.plan.trials import trial_store
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import RecordError, Store, replacing
+from benchmarks.reporting.changes import difference_markdown
+from benchmarks.reporting.comparable import Group, group_records
+from benchmarks.reporting.comparison import comparison_table, equivalence_band
+from benchmarks.reporting.figures.figures import draw_figures
+from benchmarks.reporting.footnotes import group_caption, records_hash
+from benchmarks.reporting.readme import ReadmeError, shown_folders, updated_readme
+from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
+from benchmarks.reporting.scores import scores_table
+from benchmarks.reporting.tables import InconsistentRecordsError, parameters_table, throughput_table
+from benchmarks.reporting.tuning import draw_tuning, tuning_tables
 
 RESULTS = Path("results")
 COMMAND = "python -m benchmarks.report"

@@ -17,17 +17,24 @@ from typing import TYPE_CHECKING
 import tyro
 from rich.console import Console
 
-from benchmarks.options import Options, launched_shard, parse_shard, resolve_device, resolve_precision, resolve_protocol
-from benchmarks.protocol import Protocol, UsageError
+from benchmarks.plan.options import (
+    Options,
+    launched_shard,
+    parse_shard,
+    resolve_device,
+    resolve_precision,
+    resolve_protocol,
+)
+from benchmarks.protocols.protocol import Protocol, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from benchmarks.backbones import BackboneSource
-    from benchmarks.cells import Bench
-    from benchmarks.planning import Method, PlannedCell
-    from benchmarks.records import RunRecord
-    from benchmarks.store import Store
+    from benchmarks.backbones.load import BackboneSource
+    from benchmarks.cells.cell import Bench
+    from benchmarks.plan.cells import Method, PlannedCell
+    from benchmarks.records.schema import RunRecord
+    from benchmarks.records.store import Store
     from benchmarks.tasks.base import TaskData
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -61,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _told_in_one_line() -> Iterator[None]:
     """Inside, whatever is the user's to mend ends as a message instead of a traceback."""
-    from benchmarks.backbones import BackboneUnavailable
-    from benchmarks.store import RecordError
+    from benchmarks.backbones.load import BackboneUnavailable
+    from benchmarks.records.store import RecordError
     from benchmarks.tasks import DataUnavailable, InvalidData
     from moepeft.errors import ConfigError, UnknownMethod
 
@@ -108,10 +115,10 @@ class _Run:
 
 
 def _resolve(options: Options, protocol: Protocol, console: Console, command: str) -> _Run:
-    from benchmarks.backbones import find_backbone
+    from benchmarks.backbones.load import find_backbone
     from benchmarks.families import family_of
-    from benchmarks.planning import parse_methods
-    from benchmarks.store import Store
+    from benchmarks.plan.cells import parse_methods
+    from benchmarks.records.store import Store
     from benchmarks.tasks import load_task
 
     source = find_backbone(protocol.backbone)
@@ -122,7 +129,7 @@ def _resolve(options: Options, protocol: Protocol, console: Console, command: st
         backbone=source.identity, precision=resolve_precision(protocol.precision, device)
     )
     if protocol.track == "matched":
-        from benchmarks.matching import matched_methods
+        from benchmarks.methods.matching import matched_methods
 
         protocol, methods, refusals = matched_methods(protocol, methods, source)
     data = tuple(load_task(name, data_dir=options.data_dir) for name in protocol.tasks)
@@ -132,9 +139,9 @@ def _resolve(options: Options, protocol: Protocol, console: Console, command: st
 
 def _run(run: _Run) -> int:
     """Trials first, if rates are tuned, then the reported cells, then the tables."""
-    from benchmarks.planning import expand
-    from benchmarks.trials import trial_store
-    from benchmarks.tuning import chosen_rates, trial_cells, tuned_cells
+    from benchmarks.plan.cells import expand
+    from benchmarks.plan.trials import trial_store
+    from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
 
     if not run.protocol.tuning_rates:
         return _report_on(run, expand(run.protocol, run.methods, run.data, refusals=run.refusals), [])
@@ -227,7 +234,7 @@ def _run_all(part: _Part, run: _Run) -> bool:
     """Run what is due of a part; False if the user stopped it."""
     if not part.due:
         return True
-    from benchmarks.jobs import run_cells
+    from benchmarks.cells.pool import run_cells
 
     bench = _prepare(run, part.due[0].protocol)
     return run_cells(part.due, bench, part.store, run.console, run.options.jobs)
@@ -237,10 +244,10 @@ def _prepare(run: _Run, protocol: Protocol) -> Bench:
     """What all these cells share: they differ in learning rates, not in rows."""
     import transformers
 
-    from benchmarks.backbones import load_tokenizer
-    from benchmarks.cells import Bench
-    from benchmarks.data import tokenise_task
-    from benchmarks.provenance import code_state
+    from benchmarks.backbones.load import load_tokenizer
+    from benchmarks.cells.cell import Bench
+    from benchmarks.families.batch import tokenise_task
+    from benchmarks.records.provenance import code_state
 
     transformers.utils.logging.disable_progress_bar()
     code_state()  # now: the state of the code that runs, and before tokenisers have started threads
@@ -253,9 +260,9 @@ def _prepare(run: _Run, protocol: Protocol) -> Bench:
 
 def _conclude(part: _Part, run: _Run, *, complete: bool) -> int:
     """Print the tables, verify the budgets, choose the exit code."""
-    from benchmarks.cells import budget_differences
+    from benchmarks.cells.cell import budget_differences
+    from benchmarks.plan.trials import trial_store
     from benchmarks.report import write_report
-    from benchmarks.trials import trial_store
 
     store, console = run.store, run.console
     if complete:

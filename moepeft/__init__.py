@@ -2,9 +2,9 @@
 
 from .attach import Attachment, attach, attachment
 from .errors import MoepeftError
-from .io import load
 from .protocols import Adapter, AdapterFactory, Capabilities, LinearSite
 from .registry import available, method
+from .saving import load
 from .sites import find_sites
 
 __all__ = [

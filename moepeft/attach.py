@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import io, merge
+from . import merging, saving
 from .context import Runtime
 from .counting import ParameterCount, count_parameters
 from .errors import AlreadyAttached, AuxLossDetached, Unsupported
@@ -199,12 +199,12 @@ class Attachment:
         Raises:
             NotMergeable: the update depends on the input, a weight is quantised, or the result is not finite.
         """
-        self._state.kept = merge.merge(self, task)
+        self._state.kept = merging.merge(self, task)
         self._state.merged_task = task
 
     def unmerge(self) -> None:
         """Put the base weights back, bit for bit, and the adapters to work."""
-        merge.unmerge(self, self._state.kept)
+        merging.unmerge(self, self._state.kept)
         self._state.kept = self._state.merged_task = None
 
     @property
@@ -217,7 +217,7 @@ class Attachment:
 
         Where parameters are sharded (FSDP) every process must call it: each gathers and writes all of them.
         """
-        io.save(self, Path(folder))
+        saving.save(self, Path(folder))
 
     def restore(self, folder: str | Path) -> None:
         """Give the adapters the values that `save` wrote of others of the same method, configuration and sites.
@@ -228,7 +228,7 @@ class Attachment:
         Raises:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
         """
-        io.restore(self, Path(folder))
+        saving.restore(self, Path(folder))
 
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""

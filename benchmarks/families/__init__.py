@@ -11,7 +11,7 @@ from benchmarks.families.base import UNREADABLE, AnyAttachment, Family, Model
 from benchmarks.families.causal import Causal
 from benchmarks.families.encoder import Encoder
 from benchmarks.families.seq2seq import Seq2Seq
-from benchmarks.protocol import Protocol
+from benchmarks.protocols.protocol import Protocol
 
 __all__ = ["UNREADABLE", "AnyAttachment", "Family", "Model", "family_of"]
 

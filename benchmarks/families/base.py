@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from benchmarks.backbones import BackboneSource
-from benchmarks.data import Batch, Row
-from benchmarks.protocol import Protocol as RunProtocol
+from benchmarks.backbones.load import BackboneSource
+from benchmarks.families.batch import Batch, Row
+from benchmarks.methods.peft import PeftAttachment
+from benchmarks.protocols.protocol import Protocol as RunProtocol
 from benchmarks.tasks.base import Example, TaskSpec
 from moepeft import Attachment
-from moepeft.bridges.peft_baselines import PeftAttachment
 
 AnyAttachment = Attachment | PeftAttachment
 

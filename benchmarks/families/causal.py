@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.backbones import BackboneSource, load_backbone
-from benchmarks.data import Answers, Batch, Row, padded
+from benchmarks.backbones.load import BackboneSource, load_backbone
+from benchmarks.families.batch import Answers, Batch, Row, padded
+from benchmarks.families.prompts import ANSWER_CUE, to_be_continued
 from benchmarks.families.text import (
     IGNORED,
     TIMED_ANSWER,
@@ -23,8 +24,7 @@ from benchmarks.families.text import (
     most_candidates,
     prompts_and_answers,
 )
-from benchmarks.prompts import ANSWER_CUE, to_be_continued
-from benchmarks.protocol import Protocol, Scoring, UsageError
+from benchmarks.protocols.protocol import Protocol, Scoring, UsageError
 from benchmarks.tasks.base import Example, TaskSpec
 
 

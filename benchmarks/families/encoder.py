@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.backbones import BackboneSource, hidden_size, load_backbone
-from benchmarks.data import Batch, Row, TaskGroup, label_range, padded
+from benchmarks.backbones.load import BackboneSource, hidden_size, load_backbone
 from benchmarks.families.base import Model
-from benchmarks.protocol import Protocol
-from benchmarks.seeds import torch_stream
+from benchmarks.families.batch import Batch, Row, TaskGroup, label_range, padded
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.protocols.seeds import torch_stream
 from benchmarks.tasks.base import Example, TaskSpec
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.backbones import BackboneSource, load_backbone
-from benchmarks.data import Batch, Row
+from benchmarks.backbones.load import BackboneSource, load_backbone
+from benchmarks.families.batch import Batch, Row
+from benchmarks.families.prompts import text_to_text
 from benchmarks.families.text import (
     IGNORED,
     TIMED_ANSWER,
@@ -21,8 +22,7 @@ from benchmarks.families.text import (
     most_candidates,
     prompts_and_answers,
 )
-from benchmarks.prompts import text_to_text
-from benchmarks.protocol import Protocol, Scoring, UsageError
+from benchmarks.protocols.protocol import Protocol, Scoring, UsageError
 from benchmarks.tasks.base import Example, TaskSpec
 
 

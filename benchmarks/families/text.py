@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Answers, Batch, Row, padded
 from benchmarks.families.base import UNREADABLE, Model
-from benchmarks.prompts import Render, Section, answers_of, base_name, gold_of, grid, sections_of
-from benchmarks.protocol import Scoring, UsageError
+from benchmarks.families.batch import Answers, Batch, Row, padded
+from benchmarks.families.prompts import Render, Section, answers_of, base_name, gold_of, grid, sections_of
+from benchmarks.protocols.protocol import Scoring, UsageError
 from benchmarks.tasks.base import Example, TaskSpec
 
 IGNORED = -100

@@ -35,7 +35,7 @@ class TaskSpec:
         name: short name used on the command line and in tables, e.g. ``rte``.
         kind: which head and which loss.
         labels: names of the classes in label order; empty for regression and multiple choice.
-        metric: name of a metric in `benchmarks.metrics.METRICS`; its first figure is the one averaged.
+        metric: name of a metric in `benchmarks.tasks.metrics.METRICS`; its first figure is the one averaged.
         truncate: which part of a pair gives way to the length limit: the longer one, or always the passage.
         label_range: lowest and highest score of a regression task, ``None`` otherwise.
     """

@@ -22,7 +22,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from moepeft import io
+from moepeft import saving as io
 from moepeft.attach import Attachment, attachment
 from moepeft.errors import AdapterFileError, Unsupported
 from moepeft.files import check_values, read_tensors, replacing, write_tensors

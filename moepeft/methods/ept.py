@@ -57,7 +57,7 @@ from moepeft.methods._common import (
     uniform,
     with_summary,
 )
-from moepeft.methods._pyramid import Apart, Places, add_channel_update, add_kronecker_update, branches, places
+from moepeft.methods._fast.ept import Apart, Places, add_channel_update, add_kronecker_update, branches, places
 from moepeft.protocols import Base, Capabilities, LinearSite
 from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, top_k_gates
 

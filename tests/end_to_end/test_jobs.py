@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.records import RunRecord
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
 from benchmarks.run import main
-from benchmarks.store import Store
 from moepeft import registry
 from moepeft.methods.lora import LoRA
 from moepeft.protocols import LinearSite

@@ -15,10 +15,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import benchmarks.cells
-from benchmarks.records import RunRecord
+import benchmarks.cells.cell
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
 from benchmarks.run import main
-from benchmarks.store import Store
 from moepeft import registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,13 +65,13 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Methods of the cells that were really run, in order."""
     names: list[str] = []
-    real = benchmarks.cells.run_cell
+    real = benchmarks.cells.cell.run_cell
 
     def spy(planned: Any, *rest: Any) -> Any:
         names.append(f"{planned.cell.method}/{planned.cell.seed}")
         return real(planned, *rest)
 
-    monkeypatch.setattr(benchmarks.cells, "run_cell", spy)
+    monkeypatch.setattr(benchmarks.cells.cell, "run_cell", spy)
     return names
 
 

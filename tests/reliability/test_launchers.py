@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.store import Store
+from benchmarks.records.store import Store
 from tests.end_to_end.test_run import PROTOCOL
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import RunRecord
-from benchmarks.store import Store
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
 from tests.end_to_end.test_run import PROTOCOL, files
 from tests.reliability.hostile_method import KILL_AT
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import benchmarks.store
-from benchmarks.store import RecordError, Store
+import benchmarks.records.store
+from benchmarks.records.store import RecordError, Store
 from tests.unit.record_factory import make_cell, make_record
 
 
@@ -16,18 +16,18 @@ def test_a_record_that_vanishes_while_it_is_read_is_not_done(tmp_path: Path, mon
     store = Store(tmp_path)
     for method in ("alpha", "beta"):
         store.put(*make_record(method))
-    real = benchmarks.store._read_json
+    real = benchmarks.records.store._read_json
 
     def racing(path: Path) -> Any:
         if path.name.startswith("alpha"):
             path.unlink()
         return real(path)
 
-    monkeypatch.setattr(benchmarks.store, "_read_json", racing)
+    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
     assert [record.cell.method for record in store.all()] == ["beta"]
     monkeypatch.undo()
     store.put(*make_record("alpha"))
-    monkeypatch.setattr(benchmarks.store, "_read_json", racing)
+    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
     assert store.find(make_cell("alpha")) is None
     (tmp_path / "records" / "gamma-s0-0.json").write_text("{")
     with pytest.raises(RecordError, match="gamma"):

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.metrics import score
-from benchmarks.records import (
+from benchmarks.records.schema import (
     Budget,
     Cell,
     CurvePoint,
@@ -26,6 +25,7 @@ from benchmarks.records import (
     TaskEmbeddings,
     Timing,
 )
+from benchmarks.tasks.metrics import score
 
 TASKS = {"cola": "matthews", "mrpc": "accuracy_f1", "stsb": "pearson_spearman", "mnli": "accuracy", "rte": "accuracy"}
 PROTOCOL: dict[str, Any] = {

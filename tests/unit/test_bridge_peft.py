@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moepeft
-from moepeft.bridges.peft import PeftMissing, export_lora, import_lora
-from moepeft.bridges.peft_baselines import BASELINES, PeftBaseline, attach_peft
+from benchmarks.methods.peft import BASELINES, PeftBaseline, attach_peft
+from moepeft.bridges.peft_checkpoints import PeftMissing, export_lora, import_lora
 from moepeft.errors import (
     AdapterFileError,
     AlreadyAttached,

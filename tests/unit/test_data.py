@@ -10,14 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.backbones import find_backbone, hidden_size, load_encoder, load_tokenizer
-from benchmarks.data import Ledger, Row, TokenisedTask, chosen_rows, tokenise_task
+from benchmarks.backbones.load import find_backbone, hidden_size, load_encoder, load_tokenizer
+from benchmarks.cells.order import sorted_within_windows, training_order
+from benchmarks.cells.train import training_batches
+from benchmarks.families.batch import Ledger, Row, TokenisedTask, chosen_rows, tokenise_task
 from benchmarks.families.encoder import MultiTaskModel, collate, mean_pool, texts_of
-from benchmarks.order import sorted_within_windows, training_order
-from benchmarks.protocol import Protocol
-from benchmarks.seeds import stream, torch_stream
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.protocols.seeds import stream, torch_stream
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
-from benchmarks.train import training_batches
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import moepeft
-from benchmarks.backbones import find_backbone, load_backbone, load_tokenizer, model_class
-from benchmarks.data import Ledger, TokenisedTask
-from benchmarks.evaluate import evaluate_model
+from benchmarks.backbones.load import find_backbone, load_backbone, load_tokenizer, model_class
+from benchmarks.cells.evaluate import evaluate_model
+from benchmarks.cells.timing_pass import timing_batch
 from benchmarks.families import UNREADABLE, family_of
+from benchmarks.families.batch import Ledger, TokenisedTask
 from benchmarks.families.causal import Causal, _continuation
-from benchmarks.measure import timing_batch
-from benchmarks.planning import parse_methods
-from benchmarks.prompts import answers_of, gold_of, grid, sections_of, text_to_text, to_be_continued
-from benchmarks.protocol import Protocol, TimingPlan, UsageError, available_suites, load_protocol
+from benchmarks.families.prompts import answers_of, gold_of, grid, sections_of, text_to_text, to_be_continued
+from benchmarks.plan.cells import parse_methods
+from benchmarks.protocols.protocol import Protocol, TimingPlan, UsageError, available_suites, load_protocol
+from benchmarks.records.store import Store
 from benchmarks.run import main
-from benchmarks.store import Store
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.base import Example, TaskSpec
 from moepeft.errors import UnknownMethod

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import pytest
 
 import moepeft
-from benchmarks.backbones import find_backbone
-from benchmarks.groups import group_records
-from benchmarks.matching import TOLERANCE, backbone_sites, count, matched_methods, nearest, sizes_of
-from benchmarks.options import Options, resolve_protocol
-from benchmarks.planning import expand, parse_methods
-from benchmarks.protocol import Protocol
-from benchmarks.shapes import build_shape
+from benchmarks.backbones.load import find_backbone
+from benchmarks.backbones.shapes import build_shape
+from benchmarks.methods.matching import TOLERANCE, backbone_sites, count, matched_methods, nearest, sizes_of
+from benchmarks.plan.cells import expand, parse_methods
+from benchmarks.plan.options import Options, resolve_protocol
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.reporting.comparable import group_records
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.sites import find_sites, select_sites
 from tests.unit.record_factory import make_record

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure
-from benchmarks.measure import ProcessorShares, busy_seconds
-from benchmarks.protocol import TimingPlan
+from benchmarks.cells import timing_pass as measure
+from benchmarks.cells.timing_pass import ProcessorShares, busy_seconds
+from benchmarks.protocols.protocol import TimingPlan
 
 
 class Clocked:

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 import moepeft
-from benchmarks.memory import held, peak_above
+from benchmarks.instruments.memory import held, peak_above
 
 CPU = torch.device("cpu")
 

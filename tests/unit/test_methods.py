@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks.planning import parse_methods
+from benchmarks.plan.cells import parse_methods
 from moepeft import method
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods import _pyramid
-from moepeft.methods._pyramid import (
+from moepeft.methods._fast import ept as _pyramid
+from moepeft.methods._fast.ept import (
     add_kronecker_update,
     add_together,
     branches,

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from benchmarks.metrics import METRICS, MetricResult, UnknownMetric, score
+from benchmarks.tasks.metrics import METRICS, MetricResult, UnknownMetric, score
 
 NAN, INF = math.nan, math.inf
 

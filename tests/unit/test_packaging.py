@@ -114,7 +114,7 @@ def test_the_wheel_works_without_extras(installed: Path, tmp_path: Path) -> None
             adapters.save(name)
             adapters.detach()
             moepeft.load(model, name)
-        import moepeft.bridges.peft
+        import moepeft.bridges.peft_checkpoints
         try:
             import pandas
         except ModuleNotFoundError:

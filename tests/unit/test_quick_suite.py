@@ -20,7 +20,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.tasks.base import Example, TaskData
-from benchmarks.tasks.lexicon import TRAIN, VALIDATION, Vocabulary
 from benchmarks.tasks.loading import UnknownTask
 from benchmarks.tasks.quick import QUICK_TASKS, VERSION, load_quick
 from benchmarks.tasks.quick.grammar import (
@@ -35,6 +34,7 @@ from benchmarks.tasks.quick.grammar import (
     third_person,
     with_article,
 )
+from benchmarks.tasks.quick.lexicon import TRAIN, VALIDATION, Vocabulary
 from benchmarks.tasks.quick.sampling import Draw, collect
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.metrics import METRICS
 from benchmarks.tasks import SUITES, TASKS, DataUnavailable, Example, TaskData, UnknownTask, load_task
 from benchmarks.tasks.commonsense import COMMONSENSE_TASKS, load_commonsense
 from benchmarks.tasks.glue import GLUE_TASKS, load_glue
+from benchmarks.tasks.metrics import METRICS
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 DEFAULT_TASKS = (*SUITES["glue"], *SUITES["commonsense"])

@@ -16,18 +16,18 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks import report
-from benchmarks.captions import group_caption, records_hash
-from benchmarks.comparison import comparison_table
-from benchmarks.difference import difference_markdown
-from benchmarks.figures import draw_figures, loss_gaps, pareto_front
-from benchmarks.groups import group_records
-from benchmarks.labels import LETTER, LINE, place_labels
-from benchmarks.records import RunRecord, Score, SiteRouting
+from benchmarks.records.schema import RunRecord, Score, SiteRouting
+from benchmarks.records.store import RecordError, Store
 from benchmarks.report import NoRecordsError, Options, build_report, differing_files, run, write_files, write_report
-from benchmarks.routing_figures import blocks_of, subtitle
-from benchmarks.scores import scores_table
-from benchmarks.store import RecordError, Store
-from benchmarks.tables import InconsistentRecordsError, parameters_table, throughput_table
+from benchmarks.reporting.changes import difference_markdown
+from benchmarks.reporting.comparable import group_records
+from benchmarks.reporting.comparison import comparison_table
+from benchmarks.reporting.figures.experts import blocks_of, subtitle
+from benchmarks.reporting.figures.figures import draw_figures, loss_gaps, pareto_front
+from benchmarks.reporting.figures.labels import LETTER, LINE, place_labels
+from benchmarks.reporting.footnotes import group_caption, records_hash
+from benchmarks.reporting.scores import scores_table
+from benchmarks.reporting.tables import InconsistentRecordsError, parameters_table, throughput_table
 from tests.unit.record_factory import TASKS, make_provenance, make_record, make_routing
 
 SKILLS = {"majority": 0.5, "head": 0.6, "alpha": 0.7, "bravo": 0.9, "charlie": 0.7}

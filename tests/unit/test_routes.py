@@ -9,8 +9,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
 import moepeft
-from benchmarks import routes
-from benchmarks.data import Row, TokenisedTask
+from benchmarks.cells import routing as routes
+from benchmarks.families.batch import Row, TokenisedTask
 from benchmarks.families.encoder import Encoder, MultiTaskModel
 from benchmarks.tasks.base import TaskSpec
 from tests import hosts
@@ -71,7 +71,7 @@ def test_padding_counts_for_nothing(method, monkeypatch):
     # One row per batch is padded by seven tokens at most; pooled by batch, a router sees other batches then.
     monkeypatch.setattr(routes, "BATCH_ROWS", 1)
     alone = collect(model, tasks((3, 9, 17, 4)))
-    monkeypatch.setattr("benchmarks.data.LENGTH_MULTIPLE", 1)
+    monkeypatch.setattr("benchmarks.families.batch.LENGTH_MULTIPLE", 1)
     bare = collect(model, tasks((3, 9, 17, 4)))
     assert [site.weights for site in alone.sites] == [pytest.approx(np.array(site.weights)) for site in bare.sites]
     if method != "tucka":

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks import speed
-from benchmarks.protocol import UsageError
-from benchmarks.timing.clock import Step, interleave, paired_ratio, quantiles
-from benchmarks.timing.contestants import FROZEN, adapted, frozen, merged, reference, reference_label
-from benchmarks.timing.costs import measure_costs
-from benchmarks.timing.growth import REFERENCE, VALUES, NotOnAxis, fit_exponent, scaled, workload_at
-from benchmarks.timing.hosts import FeedForward, build_host, kind_of, sharing_copy
-from benchmarks.timing.settings import parse_fields, resolve
-from benchmarks.timing.tables import milliseconds
-from benchmarks.timing.workloads import Workload, make_step, supports
+from benchmarks.instruments.clock import Step, interleave, paired_ratio, quantiles
+from benchmarks.protocols.protocol import UsageError
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed.contestants import FROZEN, adapted, frozen, merged, reference, reference_label
+from benchmarks.speed.costs import measure_costs
+from benchmarks.speed.growth import REFERENCE, VALUES, NotOnAxis, fit_exponent, scaled, workload_at
+from benchmarks.speed.hosts import FeedForward, build_host, kind_of, sharing_copy
+from benchmarks.speed.settings import parse_fields, resolve
+from benchmarks.speed.tables import milliseconds
+from benchmarks.speed.workloads import Workload, make_step, supports
 from moepeft.sites import find_sites
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def tiny(name: str, **more: Any) -> nn.Module:
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """The four models' classes at sizes that run in milliseconds, under their own names."""
-    from benchmarks import shapes
+    from benchmarks.backbones import shapes
     from tests import hosts
 
     sizes = {"minilm": hosts.bert, "t5-base": hosts.t5, "llama-2-7b": hosts.llama, "deberta-v3-base": hosts.deberta}
@@ -455,7 +455,7 @@ def test_kept_memory_costs_no_page_faults():
     """In a process of its own: what is set stays set."""
     lines = (
         "import resource, torch",
-        "from benchmarks.measure import keep_free_memory",
+        "from benchmarks.cells.timing_pass import keep_free_memory",
         "keep_free_memory(torch.device('cpu'))",
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
         "before = faults()",

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
 
-from benchmarks.bootstrap import STATISTICS, PairedTask, metric_value, paired_difference
-from benchmarks.stats import (
+from benchmarks.statistics.intervals import (
     Difference,
     average_ranks,
     expected_best,
@@ -25,6 +24,7 @@ from benchmarks.stats import (
     standard_error,
     verdict,
 )
+from benchmarks.statistics.paired import STATISTICS, PairedTask, metric_value, paired_difference
 
 # ---------------------------------------------------------------------- intervals
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import store as store_module
-from benchmarks.records import SCHEMA_VERSION, CurvePoint, RunRecord
-from benchmarks.store import MIGRATIONS, RecordError, Store, read_record
+from benchmarks.records import store as store_module
+from benchmarks.records.schema import SCHEMA_VERSION, CurvePoint, RunRecord
+from benchmarks.records.store import MIGRATIONS, RecordError, Store, read_record
 from tests.unit.record_factory import make_cell, make_record, make_routing
 
 

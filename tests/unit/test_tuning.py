@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.cells import budget_differences
-from benchmarks.groups import group_records
-from benchmarks.options import Options, parse_shard, resolve_protocol
-from benchmarks.planning import PlannedCell, expand, parse_methods
-from benchmarks.protocol import Protocol, UsageError
-from benchmarks.records import RunRecord, Score
+from benchmarks.cells.cell import budget_differences
+from benchmarks.plan.cells import PlannedCell, expand, parse_methods
+from benchmarks.plan.options import Options, parse_shard, resolve_protocol
+from benchmarks.plan.trials import Trials, expected_best, mean_primary, read_trials, trial_store
+from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
+from benchmarks.protocols.protocol import Protocol, UsageError
+from benchmarks.records.schema import RunRecord, Score
+from benchmarks.records.store import Store
 from benchmarks.report import build_report
-from benchmarks.store import Store
+from benchmarks.reporting.comparable import group_records
 from benchmarks.tasks.base import TaskData, TaskSpec
-from benchmarks.trials import Trials, expected_best, mean_primary, read_trials, trial_store
-from benchmarks.tuning import chosen_rates, trial_cells, tuned_cells
 from tests.unit.record_factory import PROTOCOL, make_record
 
 RATES = (5e-4, 2e-3, 1e-3)

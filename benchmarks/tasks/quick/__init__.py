@@ -1,7 +1,8 @@
 """The embedded `quick` suite: twelve small English tasks that need no download.
 
-They have the formats of eight GLUE and four commonsense tasks and are generated from `benchmarks.tasks.lexicon`, the
-same bytes on every machine. Validation rows use content words that no training row uses.
+They have the formats of eight GLUE and four commonsense tasks and are generated from
+`benchmarks.tasks.quick.lexicon`, the same bytes on every machine. Validation rows use content
+words that no training row uses.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import json
 from collections.abc import Sequence
 
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
-from benchmarks.tasks.lexicon import TRAIN, VALIDATION
 from benchmarks.tasks.loading import UnknownTask
 from benchmarks.tasks.quick.answering import answerable, yes_no
 from benchmarks.tasks.quick.choice import FOUR, THREE_TO_FIVE, challenge, easy, open_book
 from benchmarks.tasks.quick.inference import three_way, two_way
+from benchmarks.tasks.quick.lexicon import TRAIN, VALIDATION
 from benchmarks.tasks.quick.sampling import Maker, collect
 from benchmarks.tasks.quick.similarity import WEIGHTS, graded_pair, paraphrase, question_pair
 from benchmarks.tasks.quick.single import acceptability, sentiment

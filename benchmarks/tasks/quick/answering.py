@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Vocabulary
 from benchmarks.tasks.quick.events import kind_and_thing, person
 from benchmarks.tasks.quick.grammar import past, sentence, with_article
+from benchmarks.tasks.quick.lexicon import Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 _ASKED = ("where", "when", "why")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Pairs, Table, Vocabulary
 from benchmarks.tasks.quick.grammar import with_article
+from benchmarks.tasks.quick.lexicon import Pairs, Table, Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 Draft = tuple[str, str, list[str]]

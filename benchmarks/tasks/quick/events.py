@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.tasks.lexicon import Vocabulary
 from benchmarks.tasks.quick.grammar import Event, plural, with_article
+from benchmarks.tasks.quick.lexicon import Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 

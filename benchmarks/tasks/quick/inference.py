@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Vocabulary
 from benchmarks.tasks.quick.events import action, contact, kind_and_thing, person
 from benchmarks.tasks.quick.grammar import (
     Event,
@@ -21,6 +20,7 @@ from benchmarks.tasks.quick.grammar import (
     sentence,
     with_article,
 )
+from benchmarks.tasks.quick.lexicon import Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = 0, 1, 2

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Vocabulary
+from benchmarks.tasks.quick.lexicon import Vocabulary
 
 T = TypeVar("T")
 ATTEMPTS = 2000

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Vocabulary
 from benchmarks.tasks.quick.events import (
     action,
     contact,
@@ -17,6 +16,7 @@ from benchmarks.tasks.quick.events import (
     with_other_verb,
 )
 from benchmarks.tasks.quick.grammar import MOODS, Event, active, forms, passive, with_article
+from benchmarks.tasks.quick.lexicon import Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 # --- paraphrase. Both classes go through the same rewording; a negative pair also has one change of meaning.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.tasks.base import Example
-from benchmarks.tasks.lexicon import Vocabulary
 from benchmarks.tasks.quick.grammar import participle, past, plural, sentence, third_person, with_article
+from benchmarks.tasks.quick.lexicon import Vocabulary
 from benchmarks.tasks.quick.sampling import Draw
 
 # --- acceptability. Both halves of a contrast occur equally often with either label, so no word gives it away.

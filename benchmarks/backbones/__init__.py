@@ -1,0 +1,1 @@
+"""Models by name, by path and from nothing."""

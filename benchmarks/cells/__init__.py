@@ -1,0 +1,1 @@
+"""Run one cell of a comparison to its record."""

@@ -1,0 +1,261 @@
+"""Run a cell: one method with one seed under one protocol, always ending in a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+
+import moepeft
+from benchmarks.backbones.load import BackboneSource, describe
+from benchmarks.cells.evaluate import Evaluation, evaluate_majority, evaluate_model
+from benchmarks.cells.routing import collect
+from benchmarks.cells.timing_pass import Measurement, measure
+from benchmarks.cells.train import TrainingLog, make_trainer, train, training_batches
+from benchmarks.families import AnyAttachment, Model, family_of
+from benchmarks.families.batch import Ledger, TokenisedTask
+from benchmarks.methods.peft import PeftBaseline
+from benchmarks.plan.cells import PlannedCell, trains
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.protocols.seeds import torch_stream
+from benchmarks.records.failures import one_line, status_of, traceback_tail
+from benchmarks.records.provenance import gather
+from benchmarks.records.schema import Budget, Parameters, Routing, RunRecord, Status, Timing
+from benchmarks.reporting.comparable import without_rates
+from benchmarks.tasks.base import TaskData
+from moepeft.errors import Unsupported
+from moepeft.protocols import AdapterFactory
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all cells of a run share.
+
+    Attributes:
+        protocol: with the precision resolved.
+        data: the tasks' rows, in the order of the protocol.
+        tasks: the same, tokenised.
+        tokenizer: of the backbone.
+        source: where the backbone comes from.
+        device: where to run.
+        command: as it was typed.
+        timed: whether cells end with a timing pass; not if others run beside them, nor for trials.
+    """
+
+    protocol: Protocol
+    data: tuple[TaskData, ...]
+    tasks: tuple[TokenisedTask, ...]
+    tokenizer: Any
+    source: BackboneSource
+    device: torch.device
+    command: str
+    timed: bool = True
+
+
+# ---------------------------------------------------------------------- running
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What is known of a cell so far; a failing cell keeps it."""
+
+    log: TrainingLog = field(default_factory=TrainingLog)
+    ledger: Ledger | None = None
+    optimiser: str | None = None
+    backbone: str | None = None
+    parameters: Parameters | None = None
+    evaluation: Evaluation | None = None
+    measurement: Measurement | None = None
+    routing: Routing | None = None
+    setup_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+
+    def budget(self) -> Budget | None:
+        if self.ledger is None:
+            return None
+        return self.ledger.budget().model_copy(update={"optimiser": self.optimiser})
+
+    def timing(self) -> Timing:
+        steps = self.measurement
+        return Timing(
+            setup_seconds=self.setup_seconds,
+            train_seconds=self.log.seconds,
+            evaluate_seconds=self.evaluate_seconds,
+            train_step=steps.train_step if steps else None,
+            inference_step=steps.inference_step if steps else None,
+            train_tokens_per_second=steps.tokens / steps.train_step.median if steps else None,
+            inference_tokens_per_second=steps.tokens / steps.inference_step.median if steps else None,
+            train_over_bare=steps.train_over_bare if steps else None,
+            inference_over_bare=steps.inference_over_bare if steps else None,
+            own_share=steps.own_share if steps else None,
+            others_share=steps.others_share if steps else None,
+        )
+
+
+def run_cell(
+    planned: PlannedCell, bench: Bench, on_step: Callable[[int], None]
+) -> tuple[RunRecord, pd.DataFrame | None]:
+    """Run one cell to its record, whatever happens on the way; and its per-example outcomes if it got that far."""
+    bench = dataclasses.replace(bench, protocol=planned.protocol)
+    provenance = gather(bench.device, bench.protocol.precision, bench.command)
+    found = _Findings()
+    status: Status = "ok"
+    reason = trace = None
+    try:
+        _run(planned, bench, found, on_step)
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "stopped by the user; the same command runs this cell again"
+    except Exception as error:
+        status, reason, trace = status_of(error), one_line(error), traceback_tail(error)
+    # What a failed cell allocated must not fail the next one.
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    evaluation, measurement = found.evaluation, found.measurement
+    record = RunRecord(
+        cell=planned.cell,
+        status=status,
+        reason=reason,
+        traceback=trace,
+        budget=found.budget(),
+        parameters=found.parameters,
+        scores={} if evaluation is None else evaluation.scores,
+        timing=found.timing(),
+        memory=None if measurement is None else measurement.memory,
+        curve=found.log.curve,
+        backbone=found.backbone,
+        data={task.spec.name: task.source for task in bench.data},
+        fingerprints={task.spec.name: task.fingerprint for task in bench.data},
+        routing=found.routing,
+        outcomes=None,  # named by the store
+        provenance=provenance,
+    )
+    return record, None if evaluation is None else evaluation.outcomes
+
+
+def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
+    protocol = bench.protocol
+    if planned.refusal is not None:
+        raise Unsupported(planned.refusal)
+    if planned.cell.method == "majority":
+        found.parameters = _count(None, None, len(bench.tasks))
+        found.evaluation = evaluate_majority(bench.tasks)
+        return
+    start = time.perf_counter()
+    model = _set_up(planned, bench, found)
+    trainer = make_trainer(model, model.attachment, protocol) if trains(planned.cell.method) else None
+    found.setup_seconds = time.perf_counter() - start
+
+    padding = bench.tokenizer.pad_token_id
+    if trainer is not None:
+        seed = planned.cell.seed
+        found.ledger = Ledger([task.spec.name for task in bench.tasks])
+        batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
+        train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
+        found.optimiser = trainer.account()
+
+    family = family_of(protocol)
+    start = time.perf_counter()
+    found.evaluation = evaluate_model(
+        model,
+        bench.tasks,
+        family,
+        batch_size=protocol.eval_batch_size,
+        autocast=protocol.precision == "bf16",
+        pad_token_id=padding,
+    )
+    found.evaluate_seconds = time.perf_counter() - start
+    if protocol.evaluate_on == "reported":
+        found.routing = collect(model, bench.tasks, family, padding, autocast=protocol.precision == "bf16")
+    if not bench.timed or trainer is None:
+        return
+    found.measurement = measure(
+        trainer,
+        [task.spec for task in bench.tasks],
+        protocol.timing,
+        family,
+        vocabulary=len(bench.tokenizer),
+        segments="token_type_ids" in bench.tokenizer.model_input_names,
+    )
+
+
+def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Model:
+    protocol, seed = bench.protocol, planned.cell.seed
+    specs = [task.spec for task in bench.tasks]
+    model = family_of(protocol).load(bench.source, specs, protocol, seed, bench.tokenizer)
+    found.backbone = describe(bench.source, model.backbone)
+    if planned.factory is not None:
+        with torch_stream(protocol.name, seed, "adapters"):
+            model.attachment = _attach(model.backbone, planned.factory)
+    elif planned.cell.method == "full":
+        model.backbone.float().requires_grad_(True)  # in bf16, most steps of a small rate would round to nothing
+    # Initialised on the CPU and then moved: the same values on every device.
+    model.to(bench.device)
+    found.parameters = _count(model, model.attachment, len(specs))
+    return model
+
+
+def _attach(encoder: torch.nn.Module, method: AdapterFactory | PeftBaseline) -> AnyAttachment:
+    return method.attach(encoder) if isinstance(method, PeftBaseline) else moepeft.attach(encoder, method)
+
+
+def _count(model: Model | None, attachment: AnyAttachment | None, tasks: int) -> Parameters:
+    heads = 0 if model is None else _numbers(model.heads.parameters())
+    if attachment is not None:
+        count = attachment.parameter_count()
+        return Parameters(
+            adapter=count.total,
+            adapter_closed_form=count.closed_form,
+            adapter_shared=count.shared,
+            heads=heads,
+            base=count.base,
+            sites=count.sites,
+            tasks=tasks,
+        )
+    encoder = [] if model is None else list(model.backbone.parameters())
+    # Of full fine-tuning everything trains: it counts as the adapter, and as the base it is compared with.
+    trained = _numbers(parameter for parameter in encoder if parameter.requires_grad)
+    return Parameters(
+        adapter=trained,
+        adapter_closed_form=trained,
+        adapter_shared=0,
+        heads=heads,
+        base=_numbers(encoder),
+        sites=0,
+        tasks=tasks,
+    )
+
+
+def _numbers(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+# ---------------------------------------------------------------------- afterwards
+
+
+def budget_differences(records: Sequence[RunRecord]) -> list[str]:
+    """One line for every pair of finished cells that should have consumed the same, at any rate, and did not."""
+    first: dict[str, RunRecord] = {}
+    problems = []
+    for record in records:
+        if record.status != "ok" or record.budget is None:
+            continue
+        key = json.dumps([without_rates(record.cell.protocol), record.cell.seed], sort_keys=True)
+        other = first.setdefault(key, record)
+        assert other.budget is not None
+        mine, theirs = record.budget.model_dump(), other.budget.model_dump()
+        differing = [name for name in mine if mine[name] != theirs[name]]
+        if differing:
+            details = ", ".join(f"{name} {mine[name]} and {theirs[name]}" for name in differing)
+            problems.append(
+                f"{record.cell.method} ({record.cell.id}) and {other.cell.method} ({other.cell.id}), "
+                f"seed {record.cell.seed}, did not consume the same: {details}"
+            )
+    return problems

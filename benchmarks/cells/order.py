@@ -1,0 +1,62 @@
+"""Which rows every training step sees: decided by the protocol and the seed alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from benchmarks.protocols.seeds import generator
+
+
+def training_order(
+    sizes: dict[str, int], *, steps: int, batch_size: int, stream: Sequence[str | int]
+) -> Iterator[list[tuple[int, int]]]:
+    """Which rows every step sees, as (task, row) positions.
+
+    Every slot of every batch draws its task with probability 1/T and takes the next row of that task's own
+    shuffled stream, which is reshuffled each time it is used up.
+
+    Args:
+        sizes: training rows by task name, in the order of the protocol.
+        steps: number of batches.
+        batch_size: rows per batch.
+        stream: names of the random stream; the order depends on nothing else.
+    """
+    draws = generator(*stream, "tasks")
+    rows = [_shuffled_for_ever(size, generator(*stream, "rows", name)) for name, size in sizes.items()]
+    for _ in range(steps):
+        tasks = draws.integers(len(rows), size=batch_size)
+        yield [(int(task), next(rows[task])) for task in tasks]
+
+
+def sorted_within_windows(
+    order: Iterable[list[tuple[int, int]]],
+    length: Callable[[tuple[int, int]], int],
+    *,
+    window: int,
+    stream: Sequence[str | int],
+) -> Iterator[list[tuple[int, int]]]:
+    """The same rows, those of `window` consecutive steps sorted by length and cut into steps again, in random order.
+
+    A batch is padded to its longest row: of an unsorted mixed batch two thirds can be padding.
+
+    Args:
+        order: steps of (task, row) positions.
+        length: of a row, in tokens.
+        window: number of steps sorted together.
+        stream: names of the random stream that orders the steps of a window.
+    """
+    rng = generator(*stream, "windows")
+    steps = iter(order)
+    while group := list(itertools.islice(steps, window)):
+        rows = sorted((row for step in group for row in step), key=length)
+        ends = list(itertools.accumulate(map(len, group), initial=0))
+        for at in rng.permutation(len(group)):
+            yield rows[ends[at] : ends[at + 1]]
+
+
+def _shuffled_for_ever(size: int, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from map(int, rng.permutation(size))

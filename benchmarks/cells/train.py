@@ -1,0 +1,192 @@
+"""The training loop: one for all methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cells.order import sorted_within_windows, training_order
+from benchmarks.families import AnyAttachment, Model, family_of
+from benchmarks.families.batch import Batch, Ledger, TokenisedTask
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.protocols.seeds import stream
+from benchmarks.records.schema import Budget, CurvePoint
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is no longer finite."""
+
+
+@dataclass(slots=True)
+class TrainingLog:
+    """What a run leaves behind; filled while it goes on, so that a failed run keeps what there was."""
+
+    curve: list[CurvePoint] = field(default_factory=list)
+    budget: Budget | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Model, optimiser and schedule of one cell.
+
+    Attributes:
+        model: backbone and heads, if it has any.
+        attachment: the adapters; None for the baselines.
+        parameters: everything that trains.
+        optimiser: AdamW.
+        schedule: of the learning rates.
+        clip_norm: bound of the gradient norm.
+        autocast: whether the forward runs in bfloat16.
+    """
+
+    model: Model
+    attachment: AnyAttachment | None
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    clip_norm: float
+    autocast: bool
+
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimiser step; losses by name and the gradient norm before clipping, left on the device."""
+        with torch.autocast(batch.task_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = self.model(batch)
+            losses = {"task": self.model.loss(logits, batch)}
+        if self.attachment is not None:
+            losses.update(self.attachment.aux_losses())
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimiser.step()
+        self.schedule.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return {name: loss.detach() for name, loss in losses.items()}, norm
+
+    def account(self) -> str:
+        """What the optimiser did, as it says itself: equal for all methods of a comparison, whatever their rates."""
+        settings = {name: self.optimiser.defaults[name] for name in ("betas", "eps")}
+        decay = sorted({group["weight_decay"] for group in self.optimiser.param_groups})
+        rates = [group["lr"] / group["initial_lr"] for group in self.optimiser.param_groups]
+        return (
+            f"{type(self.optimiser).__name__} {settings}, weight decay {decay}, norm clipped at {self.clip_norm}, "
+            f"{self.schedule.last_epoch} updates, rates at {max(rates):.6f} of their peak at the end"
+        )
+
+
+def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
+    """Optimiser and schedule as the protocol says, over whatever of the model trains."""
+    from transformers import get_scheduler
+
+    encoder = attachment.parameters() if attachment else (p for p in model.backbone.parameters() if p.requires_grad)
+    groups = [
+        *_decay_groups(list(encoder), protocol.learning_rate, protocol.weight_decay),
+        *_decay_groups(
+            list(model.heads.parameters()),
+            protocol.head_learning_rate or protocol.learning_rate,
+            protocol.weight_decay,
+        ),
+    ]
+    optimiser = torch.optim.AdamW(groups)
+    schedule = get_scheduler(
+        protocol.schedule,
+        optimiser,
+        num_warmup_steps=protocol.warmup_steps,
+        num_training_steps=protocol.steps,
+    )
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return Trainer(model, attachment, parameters, optimiser, schedule, protocol.clip_norm, protocol.precision == "bf16")
+
+
+def _decay_groups(parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    parts = ((matrices, decay), (vectors, 0.0))
+    return [{"params": part, "lr": rate, "weight_decay": weight} for part, weight in parts if part]
+
+
+def training_batches(
+    tasks: Sequence[TokenisedTask], protocol: Protocol, seed: int, pad_token_id: int, ledger: Ledger
+) -> Iterator[Batch]:
+    """The batches of a run, in an order that the protocol and the seed alone decide; entered in `ledger`."""
+    family = family_of(protocol)
+    specs = [task.spec for task in tasks]
+    names = (protocol.name, seed, "order")
+    order = training_order(
+        {task.spec.name: len(task.train) for task in tasks},
+        steps=protocol.steps,
+        batch_size=protocol.batch_size,
+        stream=names,
+    )
+
+    def length(slot: tuple[int, int]) -> int:
+        return tasks[slot[0]].train[slot[1]].length
+
+    for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
+        rows = [(task, tasks[task].train[index]) for task, index in slots]
+        batch = family.training_batch(rows, specs, pad_token_id)
+        ledger.add(rows, batch)
+        yield batch
+
+
+def train(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    *,
+    protocol: Protocol,
+    seed: int,
+    log: TrainingLog,
+    on_step: Callable[[int], None],
+) -> None:
+    """Train to the end of `batches`, noting the curve in `log`.
+
+    Raises:
+        Diverged: a loss or the gradient norm became infinite or NaN.
+    """
+    trainer.model.train()
+    device = next(trainer.model.parameters()).device
+    first_bad_step = torch.zeros((), dtype=torch.long, device=device)
+    synchronise(device)
+    start = time.perf_counter()
+    try:
+        for step, batch in enumerate(batches, start=1):
+            # Anew for each step: whatever a method draws in one step shifts no dropout mask of the next.
+            torch.manual_seed(stream(protocol.name, seed, "noise", step))
+            rate = float(trainer.optimiser.param_groups[0]["lr"])
+            losses, norm = trainer.step(batch.to(device))
+            finite = torch.isfinite(torch.stack([*(loss.float() for loss in losses.values()), norm.float()])).all()
+            first_bad_step = torch.where(finite | (first_bad_step > 0), first_bad_step, step)
+            # Only here does the host wait for the device.
+            if step == 1 or step % protocol.log_every == 0 or step == protocol.steps:
+                _raise_if_diverged(first_bad_step)
+                log.curve.append(_curve_point(step, losses, rate, norm))
+            on_step(step)
+    finally:
+        synchronise(device)
+        log.seconds = time.perf_counter() - start
+
+
+def _curve_point(step: int, losses: dict[str, Tensor], rate: float, norm: Tensor) -> CurvePoint:
+    return CurvePoint(
+        step=step,
+        losses={name: float(loss) for name, loss in losses.items()},
+        learning_rate=rate,
+        gradient_norm=float(norm),
+    )
+
+
+def _raise_if_diverged(first_bad_step: Tensor) -> None:
+    step = int(first_bad_step)
+    if step:
+        raise Diverged(f"a loss or the gradient norm is not finite since step {step}; try a lower --learning-rate")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""What a row of a table trains: the library's methods, those of peft, baselines."""

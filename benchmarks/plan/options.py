@@ -1,0 +1,181 @@
+"""The flags of ``python -m benchmarks.run``, and what they resolve to."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from benchmarks.protocols.protocol import Protocol, UsageError, load_protocol
+
+# torch is imported where it is needed: `--help` and wrong flags answer at once.
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train methods under one protocol and write tables of parameters, scores and speed."""
+
+    methods: str = "all"
+    """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
+    can do without; `full` fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
+    suite: str = "quick"
+    """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML."""
+    tasks: str | None = None
+    """Comma-separated tasks instead of the suite's own."""
+    data_dir: Path | None = None
+    """Folder with the real data as parquet files; without it they come from the hub."""
+    backbone: str | None = None
+    """minilm, deberta-v3-base, t5-base, llama-2-7b, a hub id (with or without @revision), a local folder, or for
+    tests tiny-bert, tiny-t5, tiny-llama."""
+    results: Path | None = None
+    """Folder for records and tables; default: results/<suite>."""
+    seeds: str | None = None
+    """Comma-separated seeds, e.g. 0,1,2."""
+    steps: int | None = None
+    """Optimiser steps."""
+    batch_size: int | None = None
+    """Rows per step."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    tune: str | None = None
+    """Comma-separated learning rates, e.g. 2e-4,5e-4,1e-3,2e-3, or none: every method tries all of them on rows
+    cut from the training rows, with a seed of its own for that, and is reported at its best one."""
+    tune_steps: int | None = None
+    """Optimiser steps of such a trial; default: as many as the reported runs have."""
+    track: Literal["as-published", "matched"] | None = None
+    """matched: choose every method's rank so that all have as many parameters as the reference method."""
+    target_parameters: int | None = None
+    """Trainable adapter numbers of the matched track, instead of the reference method's."""
+    reference: str | None = None
+    """Method that scores and speed are compared with, e.g. the full one among its ablations."""
+    eval_rows: int | None = None
+    """Score at most this many rows per task, a seeded subset that is the same for all methods."""
+    evaluate_on: Literal["reported", "fold"] | None = None
+    """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; no part of a cell's identity."""
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    """bf16 is autocast; auto takes it where the hardware computes it natively."""
+    rerun: Literal["missing", "failed", "all"] = "missing"
+    """Which cells to run: those without a finished record, also failed ones, or all."""
+    shard: str | None = None
+    """i/n, i from 0: only the i-th part of the cells (with --tune: of the methods), for n runs into one folder.
+    Processes that torchrun or `accelerate launch` starts take one each by themselves."""
+    jobs: int = 1
+    """Cells at once, each in a process with its part of the cores. Without timing pass if there are several."""
+    plan: bool = False
+    """Print the cells and which are done, then stop."""
+
+
+def resolve_protocol(options: Options) -> Protocol:
+    """The suite's protocol with the overrides of the command line; raises `UsageError` in one line."""
+    protocol = load_protocol(options.suite)
+    if options.data_dir is not None and not options.data_dir.is_dir():
+        raise UsageError(f"--data-dir {options.data_dir}: no such folder")
+    if not any(name.strip() for name in options.methods.split(",")):
+        raise UsageError(f"--methods {options.methods!r} names no method; leave it out to run all")
+    if options.jobs < 1:
+        raise UsageError(f"--jobs {options.jobs}: give the number of cells to run at once, 1 or more")
+    parse_shard(options.shard)
+    rates = _rates(options.tune)
+    if options.learning_rate is not None and (protocol.tuning_rates if rates is None else rates):
+        raise UsageError("--learning-rate and tuned rates exclude each other; --tune none gives one rate to all")
+    return protocol.with_overrides(
+        tasks=_task_names(options.tasks) if options.tasks is not None else protocol_tasks(protocol),
+        seeds=_seeds(options.seeds),
+        backbone=options.backbone,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        reference=options.reference,
+        tuning_rates=rates,
+        tuning_steps=options.tune_steps,
+        track=options.track,
+        target_parameters=options.target_parameters,
+        eval_rows=options.eval_rows,
+        evaluate_on=options.evaluate_on,
+        precision=options.precision,
+    )
+
+
+def protocol_tasks(protocol: Protocol) -> tuple[str, ...]:
+    """The tasks of a protocol, checked to exist."""
+    return _known_tasks(protocol.tasks)
+
+
+def _task_names(text: str) -> tuple[str, ...]:
+    return _known_tasks(tuple(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
+    from benchmarks.tasks import TASKS
+    from moepeft.errors import did_you_mean
+
+    for name in names:
+        if name not in TASKS:
+            raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
+    # One order for all ways of writing the same list: the order is part of what a result depends on.
+    return tuple(sorted(names, key=list(TASKS).index))
+
+
+def _seeds(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(f"--seeds {text!r}: give whole numbers from 0 on, separated by commas, e.g. 0,1,2")
+    return tuple(map(int, words))
+
+
+def _rates(text: str | None) -> tuple[float, ...] | None:
+    if text is None or text.strip() == "none":
+        return None if text is None else ()
+    try:
+        rates = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(f"--tune {text!r}: give learning rates separated by commas, e.g. 5e-4,1e-3,2e-3") from None
+    return rates
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Which part of how many, from what one writes as ``0/2``; the only one of one without the flag."""
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, found.groups()) if found else (1, 0)
+    if part >= parts:
+        raise UsageError(f"--shard {text!r}: give i/n with i from 0 to n - 1, e.g. 0/2 and 1/2 for two runs")
+    return part, parts
+
+
+def launched_shard() -> str | None:
+    """The shard of a process that torchrun or ``accelerate launch`` started beside others; None without them."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"{os.environ['RANK']}/{processes}" if processes > 1 else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on; `auto` takes the accelerator if there is one: of several, launched processes take turns."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; leave the flag out to run on the CPU")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` takes bf16 where it is native, and fp32 where it would be emulated."""
+    if name != "auto":
+        return name
+    import torch
+
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

@@ -1,0 +1,105 @@
+"""The trials of a tuned run, read from their records: which rate is best, and what fewer trials would have found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
+
+FOLDER = "tuning"
+OWN_FIELDS = ("learning_rate", "head_learning_rate", "steps", "evaluate_on", "tuned")
+"""Where the protocol of a trial and that of the runs it is for may differ."""
+
+
+def trial_store(root: Path) -> Store:
+    """Where the trials of a results folder are."""
+    return Store(root / FOLDER)
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """The trials of one method.
+
+    Attributes:
+        method: its name on the command line.
+        scores: by rate the mean over tasks of the primary metric, rising; None where a trial failed.
+        statuses: by rate how the trial ended; ``missing`` where there is none.
+        rows: rows that a trial was scored on, all tasks together.
+    """
+
+    method: str
+    scores: Mapping[float, float | None]
+    statuses: Mapping[float, str]
+    rows: int = 0
+
+    @property
+    def best(self) -> float:
+        """The rate with the highest score, the lower one of equals.
+
+        Where every trial failed it is the lowest rate: the reported runs then say in their own row what goes wrong.
+        """
+        return max(sorted(self.scores), key=lambda rate: (_score(self.scores[rate]), -rate))
+
+    @property
+    def at_edge(self) -> str | None:
+        """Where the best rate is an end of the grid: a better one may lie beyond."""
+        rates = sorted(self.scores)
+        if len(rates) < 2 or all(score is None for score in self.scores.values()):
+            return None
+        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.best)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rate was tried to an end, good or bad."""
+        return not any(status in ("missing", "interrupted") for status in self.statuses.values())
+
+
+def read_trials(method: str, records: Mapping[float, RunRecord | None]) -> Trials:
+    """Scores and statuses from the records by rate."""
+    scores = {
+        rate: mean_primary(record) if record is not None and record.status == "ok" else None
+        for rate, record in sorted(records.items())
+    }
+    statuses = {rate: "missing" if record is None else record.status for rate, record in sorted(records.items())}
+    rows = max((sum(one.rows for one in record.scores.values()) for record in records.values() if record), default=0)
+    return Trials(method, scores, statuses, rows)
+
+
+def mean_primary(record: RunRecord) -> float | None:
+    """Mean over tasks of the first metric.
+
+    An undefined one (the correlation of a constant prediction) counts as 0, no skill at all: left out, it would make
+    the rate look better than one that learnt a little.
+    """
+    values = [score.metrics[score.primary] for score in record.scores.values()]
+    return sum(0.0 if value is None else value for value in values) / len(values) if values else None
+
+
+def _score(score: float | None) -> float:
+    return -math.inf if score is None else score
+
+
+# ---------------------------------------------------------------------- expectations
+
+
+def expected_best(scores: Sequence[float], k: int, *, replacement: bool) -> float:
+    """Expected maximum of `k` trials drawn from `scores`: what a search that stops after k of them would find.
+
+    With replacement it is the estimator of Dodge et al. (2019, "Show Your Work", eq. 4); without, the exact mean over
+    all subsets of size k, which ends at the best score.
+
+    Raises:
+        ValueError: `k` is below 1 or, without replacement, above the number of scores.
+    """
+    n = len(scores)
+    if k < 1 or (k > n and not replacement):
+        raise ValueError(f"k={k}: give 1 to {n}, the number of trials")
+    if replacement:
+        weights = [(i / n) ** k - ((i - 1) / n) ** k for i in range(1, n + 1)]
+    else:
+        weights = [math.comb(i - 1, k - 1) / math.comb(n, k) for i in range(1, n + 1)]
+    return math.fsum(weight * score for weight, score in zip(weights, sorted(scores), strict=True))

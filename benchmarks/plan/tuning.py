@@ -1,0 +1,87 @@
+"""Equal tuning: every method tries the same learning rates, the same number of times, and is reported at its best one.
+
+Trials are ordinary cells: scored on rows cut from the training rows, with a seed that is never reported, stored in
+a folder of their own and never run twice. The reported cells carry the rate in their protocol, and how it was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.plan.cells import HEADS_ONLY, Method, PlannedCell, expand, trains
+from benchmarks.plan.trials import read_trials
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
+from benchmarks.tasks.base import TaskData
+
+
+def at_rate(protocol: Protocol, method: str, rate: float) -> Protocol:
+    """The protocol of a method at a rate: that of its adapters or, where nothing else trains, of the heads."""
+    heads = {"head_learning_rate": rate} if method == HEADS_ONLY else {}
+    return protocol.with_overrides(learning_rate=rate, **heads)
+
+
+def trial_cells(
+    protocol: Protocol,
+    methods: Mapping[str, Method],
+    data: Sequence[TaskData],
+    refusals: Mapping[str, str] | None = None,
+) -> list[PlannedCell]:
+    """Every trial, method by method: each that trains, and can be run as asked, at each rate."""
+    trial = protocol.with_overrides(
+        evaluate_on="fold",
+        steps=protocol.tuning_steps or protocol.steps,
+        seeds=(protocol.tuning_seed,),
+        tuning_rates=(),
+    )
+    return [
+        planned
+        for name, factory in methods.items()
+        if trains(name) and name not in (refusals or {})
+        for rate in sorted(protocol.tuning_rates)
+        for planned in expand(at_rate(trial, name, rate), {name: factory}, data)
+    ]
+
+
+def tuned_cells(
+    protocol: Protocol,
+    methods: Mapping[str, Method],
+    data: Sequence[TaskData],
+    rates: Mapping[str, float],
+    refusals: Mapping[str, str] | None = None,
+) -> list[PlannedCell]:
+    """The reported cells, seed by seed, every method at its own rate of `rates`."""
+    cells = [
+        planned
+        for name, factory in methods.items()
+        for planned in expand(
+            at_rate(protocol, name, rates[name]) if name in rates else protocol,
+            {name: factory},
+            data,
+            tuned=how_tuned(protocol),
+            refusals=refusals,
+        )
+    ]
+    return sorted(cells, key=lambda planned: protocol.seeds.index(planned.cell.seed))
+
+
+def how_tuned(protocol: Protocol) -> dict[str, Any]:
+    """What of the tuning belongs to the identity of a reported cell."""
+    return {
+        "rates": sorted(protocol.tuning_rates),
+        "seed": protocol.tuning_seed,
+        "steps": protocol.tuning_steps or protocol.steps,
+        # The heads' rate beside an adapter; it stands here since that of the heads alone is tuned.
+        "head_learning_rate": protocol.head_learning_rate,
+    }
+
+
+def chosen_rates(cells: Iterable[PlannedCell], store: Store) -> dict[str, float]:
+    """The best rate by method, of those whose trials are all there."""
+    found: dict[str, dict[float, RunRecord | None]] = {}
+    for planned in cells:
+        found.setdefault(planned.cell.method, {})[planned.protocol.learning_rate] = store.find(planned.cell)
+    trials = [read_trials(method, records) for method, records in found.items()]
+    return {one.method: one.best for one in trials if one.complete}

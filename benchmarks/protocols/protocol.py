@@ -1,0 +1,194 @@
+"""What all methods of a comparison share: one frozen, validated object read from a TOML file.
+
+A method brings its own configuration and nothing else. Whatever is in here is part of the identity of a result.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+PROTOCOL_FOLDER = Path(__file__).parent
+
+# Raise it whenever a change of this package changes the numbers a run gives: old records are then not reused.
+NUMERICS_VERSION = 2
+
+Precision = Literal["auto", "fp32", "bf16"]
+Family = Literal["encoder", "seq2seq", "causal"]
+Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
+
+
+class UsageError(ValueError):
+    """A flag or a protocol file asks for something that does not exist; the message is one line."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TimingPlan(_Frozen):
+    """Fixed shapes of the timing pass, so that no method is timed on kinder rows than another."""
+
+    warmup: PositiveInt = 3
+    repeats: PositiveInt = 10
+    rows: PositiveInt = Field(default=32, description="sequences per step")
+    length: PositiveInt = Field(default=32, description="tokens per sequence, none of them padding")
+
+
+class Protocol(_Frozen):
+    """Tasks, backbone, data order, optimiser, precision and measurement of one comparison."""
+
+    name: str = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    backbone: str = Field(default="minilm", min_length=1)
+    family: Family = Field(
+        default="encoder",
+        description="encoder: pooled states and a head per task; seq2seq and causal: answers as text, no heads",
+    )
+    scoring: Scoring = Field(
+        default="likelihood",
+        description="of text answers: log-probability of every candidate, in all or per token, or greedy decoding",
+    )
+    base_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="type of the frozen weights; adapters train in single precision"
+    )
+
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(default=32, description="rows per step; a multiple-choice row counts once")
+    learning_rate: PositiveFloat = 2e-3
+    head_learning_rate: PositiveFloat | None = Field(default=None, description="None: the same as `learning_rate`")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="not applied to vectors and scalars")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    schedule: Literal["linear"] = "linear"
+    clip_norm: PositiveFloat = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=0.0, description="every dropout rate of the backbone; None: as its configuration has them"
+    )
+
+    length_window: PositiveInt = Field(
+        default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
+    )
+    max_length: Annotated[int, Field(ge=8)] = 128
+    pooling: Literal["mean"] = "mean"
+    train_rows: PositiveInt | None = Field(
+        default=None, description="a seeded subset of this size per task; None: all rows"
+    )
+    eval_rows: PositiveInt | None = Field(default=None, description="the same for the reported rows")
+    evaluate_on: Literal["reported", "fold"] = Field(
+        default="reported", description="fold: rows cut from the training rows, for choosing anything at all"
+    )
+    fold_rows: PositiveInt = Field(default=300, description="rows per task in that fold, never more than a fifth")
+    eval_batch_size: PositiveInt = Field(default=64, description="rows per batch of one task, sorted by length")
+    precision: Precision = "auto"
+
+    reference: str | None = Field(default=None, description="method that speed and scores are compared with")
+    equivalence_band: PositiveFloat = Field(
+        default=0.5, description="points of the mean score; a difference that lies within counts as none"
+    )
+    track: Literal["as-published", "matched"] = Field(
+        default="as-published",
+        description="matched: ranks are chosen so that all methods have about as many parameters",
+    )
+    target_parameters: PositiveInt | None = Field(
+        default=None, description="trainable adapter numbers of the matched track; None: as many as the reference has"
+    )
+    tuning_rates: tuple[PositiveFloat, ...] = Field(
+        default=(), description="learning rates that every method tries on the fold; empty: `learning_rate` for all"
+    )
+    tuning_seed: Annotated[int, Field(ge=0)] = Field(default=1000, description="of the trials; never a reported seed")
+    tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
+    log_every: PositiveInt = 10
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    timing: TimingPlan = TimingPlan()
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> Self:
+        for field, values in (("tasks", self.tasks), ("seeds", self.seeds), ("tuning_rates", self.tuning_rates)):
+            twice = sorted({str(value) for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{field} lists {', '.join(twice)} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_apart_from_what_is_reported(self) -> Self:
+        if self.tuning_rates and self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds; give another one")
+        if self.tuning_rates and self.evaluate_on == "fold":
+            raise ValueError("tuning scores its trials on the fold: with evaluate_on = fold nothing is left to report")
+        return self
+
+    @model_validator(mode="after")
+    def _matched_to_something(self) -> Self:
+        if self.track == "matched" and self.target_parameters is None and self.reference is None:
+            raise ValueError("track = matched needs target_parameters, or a reference method whose size is the target")
+        if self.track != "matched" and self.target_parameters is not None:
+            raise ValueError("target_parameters is for track = matched")
+        return self
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return round(self.warmup_ratio * self.steps)
+
+    def with_overrides(self, **overrides: Any) -> Protocol:
+        """A copy with the given fields replaced and validated; fields that are None stay as they are."""
+        changes = {name: value for name, value in overrides.items() if value is not None}
+        return _validate({**self.model_dump(), **changes}, f"protocol {self.name}")
+
+    def identity(self) -> dict[str, Any]:
+        """What of the protocol decides a result.
+
+        The list of seeds does not: every cell has a seed of its own. How a rate was tuned enters with the cells that
+        have a tuned rate (`benchmarks.plan.tuning`); its trials are cells like all others.
+        """
+        apart = {"seeds", "tuning_rates", "tuning_seed", "tuning_steps"}
+        return {**self.model_dump(mode="json", exclude=apart), "numerics_version": NUMERICS_VERSION}
+
+
+def available_suites() -> tuple[str, ...]:
+    """Names of the protocol files that come with the project."""
+    return tuple(sorted(path.stem for path in PROTOCOL_FOLDER.glob("*.toml")))
+
+
+def load_protocol(suite: str) -> Protocol:
+    """Read a protocol by the name of a suite or by the path of a TOML file.
+
+    Raises:
+        UsageError: no such suite, unreadable TOML, an unknown field or a value out of range.
+    """
+    path = PROTOCOL_FOLDER / f"{suite}.toml"
+    if suite not in available_suites():
+        path = Path(suite)
+        if path.suffix != ".toml" or not path.is_file():
+            raise UsageError(
+                f"unknown suite {suite!r}: give {', '.join(available_suites())} or the path of a TOML file"
+            )
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+    return _validate({"name": path.stem, **fields}, str(path))
+
+
+def _validate(fields: dict[str, Any], where: str) -> Protocol:
+    try:
+        return Protocol.model_validate(fields)
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join(map(str, one['loc'])) or 'fields'}: {one['msg']}"
+            + ("" if isinstance(one["input"], dict | Protocol) else f", got {one['input']!r}")
+            for one in error.errors()
+        )
+        raise UsageError(f"{where}: {'; '.join(problems)}") from error

@@ -1,0 +1,1 @@
+"""What was found, one validated record per cell."""

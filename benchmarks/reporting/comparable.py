@@ -1,0 +1,164 @@
+"""Which records may stand in one table: those of equal protocol, by method, one per seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.records.schema import Cell, RunRecord
+
+BASELINES = ("majority", "head", "bare")
+"""Rows that adapt nothing; they open every table."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRuns:
+    """The runs of one method in one configuration under one protocol.
+
+    Attributes:
+        label: the method's name, with the differing fields where one name stands for several configurations.
+        records: one per seed, by seed.
+    """
+
+    label: str
+    records: tuple[RunRecord, ...]
+
+    @property
+    def method(self) -> str:
+        """The method as written on the command line."""
+        return self.records[0].cell.method
+
+    @property
+    def finished(self) -> tuple[RunRecord, ...]:
+        """The runs that ended well."""
+        return tuple(record for record in self.records if record.status == "ok")
+
+    @property
+    def failure(self) -> str:
+        """Statuses of the runs that did not end well: ``oom``, or ``2 diverged, 1 oom``."""
+        counts = Counter(record.status for record in self.records if record.status != "ok")
+        if len(counts) == 1 and not self.finished:
+            return next(iter(counts))
+        return ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+
+    @property
+    def seeds(self) -> str:
+        """How many runs the figures stand on: ``3``, or ``2 of 3 (1 oom)``."""
+        finished, total = len(self.finished), len(self.records)
+        return str(total) if finished == total else f"{finished} of {total} ({self.failure})"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Everything that was run under one protocol.
+
+    Attributes:
+        label: the protocol's name, with the differing fields where several protocols have that name.
+        key: hash of the protocol.
+        protocol: its fields, without a rate that was tuned method by method.
+        rows: baselines first, then the methods by name.
+    """
+
+    label: str
+    key: str
+    protocol: Mapping[str, Any]
+    rows: tuple[MethodRuns, ...]
+
+    @property
+    def records(self) -> tuple[RunRecord, ...]:
+        """All records of the group."""
+        return tuple(record for row in self.rows for record in row.records)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Task names in the protocol's order."""
+        declared = tuple(self.protocol.get("tasks", ()))
+        scored = {task for record in self.records for task in record.scores}
+        return declared + tuple(sorted(scored - set(declared)))
+
+    def row(self, method: str) -> MethodRuns | None:
+        """The row with this label or, where that is unambiguous, of this method."""
+        exact = [row for row in self.rows if row.label == method]
+        named = exact or [row for row in self.rows if row.method == method]
+        return named[0] if len(named) == 1 else None
+
+
+def group_records(records: Iterable[RunRecord]) -> list[Group]:
+    """Split records into groups that may be compared, sorted by label."""
+    by_protocol = _split(records, lambda record: comparable(record.cell.protocol))
+    names = [str(runs[0].cell.protocol.get("name", "unnamed")) for runs in by_protocol.values()]
+    protocols = [comparable(runs[0].cell.protocol) for runs in by_protocol.values()]
+    labels = _labels(names, protocols)
+    groups = [
+        Group(label, key, protocol, _method_rows(runs))
+        for label, protocol, (key, runs) in zip(labels, protocols, by_protocol.items(), strict=True)
+    ]
+    return sorted(groups, key=lambda group: (group.label, group.key))
+
+
+def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a protocol the runs of one table share: where rates were tuned, every method has its own."""
+    return without_rates(protocol) if "tuned" in protocol else dict(protocol)
+
+
+def without_rates(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a protocol does not concern the learning rates."""
+    return {field: value for field, value in protocol.items() if field not in ("learning_rate", "head_learning_rate")}
+
+
+def _method_rows(records: Sequence[RunRecord]) -> tuple[MethodRuns, ...]:
+    by_method = _split(records, lambda record: {"method": record.cell.method, "config": _settings(record.cell)})
+    firsts = [runs[0].cell for runs in by_method.values()]
+    labels = _labels([cell.method for cell in firsts], [_settings(cell) for cell in firsts])
+    rows = [
+        MethodRuns(label, tuple(sorted(runs, key=lambda record: record.cell.seed)))
+        for label, runs in zip(labels, by_method.values(), strict=True)
+    ]
+    return tuple(sorted(rows, key=lambda row: (baseline_rank(row.method), row.label)))
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """What one method's runs share: its configuration, and its rates where they are its own."""
+    shared = comparable(cell.protocol)
+    return cell.config | {field: value for field, value in cell.protocol.items() if field not in shared}
+
+
+def baseline_rank(method: str) -> int:
+    """Position of a baseline among the baselines; all other methods come after them."""
+    return BASELINES.index(method) if method in BASELINES else len(BASELINES)
+
+
+def _split(records: Iterable[RunRecord], content: Callable[[RunRecord], Any]) -> dict[str, list[RunRecord]]:
+    parts: defaultdict[str, list[RunRecord]] = defaultdict(list)
+    for record in records:
+        text = json.dumps(content(record), sort_keys=True)
+        parts[hashlib.sha256(text.encode()).hexdigest()[:16]].append(record)
+    return dict(sorted(parts.items()))
+
+
+def _labels(names: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names; those that occur twice with the fields in which their contents differ."""
+    labels = []
+    for name, content in zip(names, contents, strict=True):
+        same = [_flat(other) for other_name, other in zip(names, contents, strict=True) if other_name == name]
+        fields = sorted({field for other in same for field in other})
+        varying = [field for field in fields if len({repr(other.get(field)) for other in same}) > 1]
+        own = _flat(content)
+        shown = ", ".join(f"{field}={_short(own.get(field))}" for field in varying)
+        labels.append(f"{name} ({shown})" if shown else name)
+    return labels
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

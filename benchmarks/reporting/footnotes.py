@@ -1,0 +1,187 @@
+"""What stands below every table: the protocol, the data, the order, the hardware, the failures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from benchmarks.records.schema import Budget, Provenance, RunRecord
+from benchmarks.reporting.comparable import Group
+
+SHOWN_PACKAGES = ("torch", "transformers")
+
+
+def group_caption(group: Group) -> tuple[str, ...]:
+    """The lines that every table of a group shares."""
+    return (
+        _protocol_line(group),
+        *_recipe_lines(group),
+        *_data_lines(group),
+        *_budget_lines(group),
+        *_hardware_lines(group),
+        *_command_lines(group),
+        *_failure_lines(group),
+    )
+
+
+def records_hash(records: Iterable[RunRecord]) -> str:
+    """SHA-256 of a set of records, whatever their order and file names."""
+    texts = sorted(record.model_dump_json() for record in records)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def _protocol_line(group: Group) -> str:
+    protocol = group.protocol
+    seeds = sorted({record.cell.seed for record in group.records})
+    parts = [f"Protocol {group.label}"]
+    if "backbone" in protocol:
+        parts.append(f"backbone {protocol['backbone']}")
+    if "steps" in protocol and "batch_size" in protocol:
+        parts.append(f"{_number(protocol['steps'])} steps of {_number(protocol['batch_size'])} rows")
+    if protocol.get("train_rows"):
+        parts.append(f"trained on at most {_number(protocol['train_rows'])} rows per task")
+    if protocol.get("eval_rows"):
+        parts.append(f"scored on at most {_number(protocol['eval_rows'])} rows per task")
+    if protocol.get("evaluate_on") == "fold":
+        parts.append("scored on rows cut from train, not on the reported ones")
+    if protocol.get("track", "as-published") != "as-published":
+        parts.append(f"track {protocol['track']}: sizes chosen for about as many parameters as the reference has")
+    parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    return f"{'; '.join(parts)}."
+
+
+def _recipe_lines(group: Group) -> list[str]:
+    """Learning rates and the rest of the optimiser, as far as the protocol tells."""
+    protocol = group.protocol
+    rates = _tuned_rates(group) if "tuned" in protocol else _common_rate(group)
+    if rates is None:
+        return []
+    parts = [rates]
+    if "weight_decay" in protocol:
+        parts.append(f"weight decay {protocol['weight_decay']:g}")
+    if {"schedule", "warmup_ratio"} <= set(protocol):
+        parts.append(f"{protocol['schedule']} decay after {100 * protocol['warmup_ratio']:.3g} % warm-up")
+    if "clip_norm" in protocol:
+        parts.append(f"gradient norm clipped at {protocol['clip_norm']:g}")
+    return [f"AdamW: {'; '.join(parts)}."]
+
+
+def _common_rate(group: Group) -> str | None:
+    if "learning_rate" not in group.protocol:
+        return None
+    return f"learning rate {group.protocol['learning_rate']:g}{_head_rate(group, group.protocol)} for all methods"
+
+
+def _tuned_rates(group: Group) -> str:
+    """What every method tried, and what it ended with: its records have the rate, the group has not."""
+    how = group.protocol["tuned"]
+    tried = ", ".join(f"{rate:g}" for rate in how.get("rates", ()))
+    found = {
+        row.label: _first_seen(f"{record.cell.protocol['learning_rate']:g}" for record in row.records)
+        for row in group.rows
+        if any(record.budget is not None for record in row.records)
+    }
+    chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in found.items())
+    return (
+        f"learning rate of every method the best of {tried} on rows cut from train (seed {how.get('seed')}, "
+        f"{_number(how.get('steps'))} steps): {chosen or 'none yet'}{_head_rate(group, how)}"
+    )
+
+
+def _head_rate(group: Group, protocol: Mapping[str, Any]) -> str:
+    has_heads = any(record.parameters is not None and record.parameters.heads > 0 for record in group.records)
+    rate = protocol.get("head_learning_rate")
+    return f" (task heads {rate:g})" if has_heads and rate is not None else ""
+
+
+def _data_lines(group: Group) -> list[str]:
+    """One line per distinct source; a key that is no task, such as ``backbone``, is told in the same way."""
+    sources: defaultdict[str, list[str]] = defaultdict(list)
+    for subject in _first_seen(name for record in group.records for name in record.data):
+        for line in _first_seen(record.data[subject] for record in group.records if subject in record.data):
+            sources[line].append(subject)
+    lines = [f"{', '.join(subjects)}: {line.rstrip('.')}." for line, subjects in sources.items()]
+    changed = [
+        task
+        for task in group.tasks
+        if len({record.fingerprints[task] for record in group.records if task in record.fingerprints}) > 1
+    ]
+    if changed:
+        lines.append(f"WARNING: the rows of {', '.join(changed)} differ between runs; their scores do not compare.")
+    return lines
+
+
+def _budget_lines(group: Group) -> list[str]:
+    lines = []
+    by_seed: defaultdict[int, list[Budget]] = defaultdict(list)
+    for record in group.records:
+        if record.status == "ok" and record.budget is not None and record.budget.steps > 0:
+            by_seed[record.cell.seed].append(record.budget)
+    for seed, budgets in sorted(by_seed.items()):
+        orders = _first_seen(budget.order_hash[:16] for budget in budgets)
+        tokens = _first_seen(_number(budget.tokens) for budget in budgets)
+        if len(orders) == len(tokens) == 1:
+            lines.append(
+                f"Seed {seed}: {_runs(len(budgets))} {_number(budgets[0].rows)} rows, {tokens[0]} tokens without "
+                f"padding, in the order with hash {orders[0]}."
+            )
+        else:
+            lines.append(
+                f"WARNING: with seed {seed} the budgets differ (order hashes {', '.join(orders)}; "
+                f"tokens {', '.join(tokens)}); these rows do not compare."
+            )
+    return lines
+
+
+def _runs(number: int) -> str:
+    return "the one trained run saw" if number == 1 else f"all {number} trained runs saw the same"
+
+
+def _hardware_lines(group: Group) -> list[str]:
+    lines = _first_seen(hardware(record.provenance) for record in group.records)
+    timed = {hardware(record.provenance) for record in group.records if record.train_step is not None}
+    if len(lines) > 1:
+        lines = [line if line in timed else f"{line} Nothing was timed there." for line in lines]
+    if len(timed) > 1:
+        lines.append("WARNING: timed on more than one machine or set of packages; times do not compare between them.")
+    return [*lines, f"Code: {', '.join(_first_seen(_code(record.provenance) for record in group.records))}."]
+
+
+def hardware(provenance: Provenance) -> str:
+    """Device, threads, precision and packages in one line."""
+    packages = [f"{name} {provenance.packages[name]}" for name in SHOWN_PACKAGES if name in provenance.packages]
+    threads = f"{provenance.threads} thread{'s' if provenance.threads != 1 else ''}"
+    return "; ".join([f"{provenance.device}, {threads}, {provenance.precision}", *packages]) + "."
+
+
+def _code(provenance: Provenance) -> str:
+    code = "version unknown" if provenance.commit is None else f"commit {provenance.commit[:10]}"
+    return f"{code} with uncommitted changes" if provenance.dirty else code
+
+
+def _command_lines(group: Group) -> list[str]:
+    commands = _first_seen(record.provenance.command for record in group.records)
+    return [f"Made by `{command}`." for command in commands]
+
+
+def _failure_lines(group: Group) -> list[str]:
+    failed = ((row.label, record) for row in group.rows for record in row.records if record.status != "ok")
+    return [
+        f"{label}, seed {record.cell.seed}: {record.status}: {_one_line(record.reason or 'no reason recorded')}"
+        for label, record in failed
+    ]
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _first_seen(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,171 @@
+"""What the trials of a tuned run say: scores by rate, the best rate, and what fewer trials would have found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.plan.trials import OWN_FIELDS, Trials, expected_best, read_trials, trial_store
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store
+from benchmarks.reporting.comparable import Group
+from benchmarks.reporting.figures.style import (
+    drawing,
+    figure_title,
+    legend_beside,
+    method_styles,
+    new_canvas,
+    svg_bytes,
+)
+from benchmarks.reporting.render import Table
+
+
+def group_trials(group: Group, store: Store) -> list[Trials]:
+    """The trials behind the tuned rates of a group, by method in the order of its rows; none where nothing was tuned.
+
+    Args:
+        group: of reported runs.
+        store: of the reported runs; the trials are in a folder of it.
+    """
+    tuned = group.protocol.get("tuned")
+    if tuned is None:
+        return []
+    found: dict[str, dict[float, RunRecord]] = {}
+    for record in trial_store(store.root).all():
+        rate = float(record.cell.protocol["learning_rate"])
+        if rate in tuned["rates"] and _belongs(record, group.protocol, tuned):
+            found.setdefault(_key(record), {})[rate] = record
+    rows = {_key(row.records[0]): row.label for row in group.rows}
+    return [
+        read_trials(label, {rate: found[key].get(rate) for rate in tuned["rates"]})
+        for key, label in rows.items()
+        if key in found
+    ]
+
+
+def _belongs(record: RunRecord, protocol: Mapping[str, Any], tuned: Mapping[str, Any]) -> bool:
+    own = record.cell.protocol
+    heads = own.get("head_learning_rate")
+    return (
+        record.cell.seed == tuned["seed"]
+        and own.get("steps") == tuned["steps"]
+        and own.get("evaluate_on") == "fold"
+        # The heads' own rate, or the tried one where nothing but heads trains.
+        and heads in (tuned["head_learning_rate"], own.get("learning_rate"))
+        and _shared(own) == _shared(protocol)
+    )
+
+
+def _shared(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in protocol.items() if field not in OWN_FIELDS}
+
+
+def _key(record: RunRecord) -> str:
+    return f"{record.cell.method} {sorted(record.cell.config.items())}"
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def tuning_tables(group: Group, store: Store) -> list[Table]:
+    """The trials of a group: scores by rate with the best one, and the expected best of fewer trials."""
+    trials = group_trials(group, store)
+    return [_scores(group, trials), _budget(group, trials)] if trials else []
+
+
+def _scores(group: Group, trials: Sequence[Trials]) -> Table:
+    tuned = group.protocol["tuned"]
+    lines = [
+        {"method": one.method}
+        | {f"{rate:g}": _cell(one, rate) for rate in one.scores}
+        | {"best rate": f"{one.best:g}" + (f" ({one.at_edge} tried)" if one.at_edge else "")}
+        for one in trials
+    ]
+    facts = [
+        {
+            "method": one.method,
+            "rate": rate,
+            "score": score,
+            "status": one.statuses[rate],
+            "best": rate == one.best,
+            "edge": rate == one.best and one.at_edge is not None,
+        }
+        for one in trials
+        for rate, score in one.scores.items()
+    ]
+    rows = max(one.rows for one in trials)
+    how = (
+        f"Trials at every learning rate, {tuned['steps']} steps and seed {tuned['seed']} each, scored on {rows:,} rows "
+        "cut from the training rows of all tasks: mean over tasks of the first metric, times 100, an undefined one "
+        "counted as 0."
+    )
+    notes = [how]
+    edges = [one.method for one in trials if one.at_edge]
+    if edges:
+        notes.append(
+            f"Best at the lowest or highest rate tried, so that a better one may lie beyond: {', '.join(edges)}."
+        )
+    return Table(
+        "tuning", f"Tuning of the learning rate ({group.label})", pd.DataFrame(lines), pd.DataFrame(facts), tuple(notes)
+    )
+
+
+def _cell(trials: Trials, rate: float) -> str:
+    score = trials.scores[rate]
+    return trials.statuses[rate] if score is None else f"{100 * score:z.1f}"
+
+
+def _budget(group: Group, trials: Sequence[Trials]) -> Table:
+    sizes = range(1, len(group.protocol["tuned"]["rates"]) + 1)
+    lines = [
+        {"method": one.method}
+        | {f"k = {k}": f"{100 * expected_best(_known(one), k, replacement=False):z.1f}" for k in sizes}
+        for one in trials
+    ]
+    facts = [
+        {
+            "method": one.method,
+            "k": k,
+            "without_replacement": expected_best(_known(one), k, replacement=False),
+            "with_replacement": expected_best(_known(one), k, replacement=True),
+        }
+        for one in trials
+        for k in sizes
+    ]
+    note = (
+        "Expected best score of k trials drawn from those made, without replacement (the data also hold it with "
+        "replacement: Dodge et al. 2019); a failed trial counts as 0. How much a method depends on being tuned."
+    )
+    return Table(
+        "tuning-budget", f"Expected best of k trials ({group.label})", pd.DataFrame(lines), pd.DataFrame(facts), (note,)
+    )
+
+
+def _known(trials: Trials) -> list[float]:
+    return [0.0 if score is None else score for score in trials.scores.values()]
+
+
+# ---------------------------------------------------------------------- figure
+
+
+def draw_tuning(group: Group, store: Store, description: str = "") -> dict[str, bytes]:
+    """Expected best score against the number of trials, a line per method; nothing where nothing was tuned."""
+    trials = group_trials(group, store)
+    sizes = range(1, len(group.protocol["tuned"]["rates"]) + 1) if trials else range(0)
+    if len(sizes) < 2:
+        return {}
+    styles = method_styles(group)
+    with drawing():
+        canvas = new_canvas()
+        axes = canvas.add_subplot()
+        for one in trials:
+            colour, marker, line = styles[one.method]
+            values = [100 * expected_best(_known(one), k, replacement=False) for k in sizes]
+            axes.plot(sizes, values, color=colour, marker=marker, linestyle=line, linewidth=1.6, label=one.method)
+        axes.set_xticks(list(sizes))
+        axes.set(xlabel="learning rates tried", ylabel="expected best score on the fold, points")
+        axes.set_title(figure_title(group))
+        legend_beside(axes)
+        return {"tuning-budget": svg_bytes(canvas, description)}

@@ -1,0 +1,1 @@
+"""Contestants that take turns: `python -m benchmarks.speed`."""

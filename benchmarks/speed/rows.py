@@ -1,0 +1,217 @@
+"""From contestants and a workload to rows: times, ratios, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from benchmarks.instruments.clock import (
+    Ratio,
+    Step,
+    Timings,
+    collecting_between_rounds,
+    interleave,
+    paired_ratio,
+    quantiles,
+)
+from benchmarks.records.failures import one_line, status_of
+from benchmarks.records.schema import Quantiles
+from benchmarks.speed.contestants import FORWARD_ONLY, FROZEN, Contestant
+from benchmarks.speed.costs import Costs, measure_costs
+from benchmarks.speed.hosts import kind_of
+from benchmarks.speed.workloads import Workload, make_step
+from moepeft.errors import NotMergeable
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How often: rounds that do not count, and rounds that do."""
+
+    warmup: int
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contestant under one workload. Without `quantiles` it failed, and `status` and `reason` say how.
+
+    Attributes:
+        label: the contestant.
+        parameters: numbers that train.
+        status: ``ok``, or how it ended (`benchmarks.records.schema.Status`).
+        reason: why, in one line.
+        seconds: of every timed round.
+        quantiles: of `seconds`.
+        ratio: to the reference; None where there is none in the same rounds.
+        tokens_per_second: at the median, padding left out (there is none).
+        costs: operations and memory.
+        mfu: share of the peak: the frozen model's operations per second over the device's.
+    """
+
+    label: str
+    parameters: int
+    status: str = "ok"
+    reason: str | None = None
+    seconds: tuple[float, ...] = ()
+    quantiles: Quantiles | None = None
+    ratio: Ratio | None = None
+    tokens_per_second: float | None = None
+    costs: Costs | None = None
+    mfu: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All contestants under one workload."""
+
+    workload: Workload
+    rows: tuple[Row, ...]
+
+
+Failures = dict[str, Exception]
+Made = TypeVar("Made")
+
+
+def build_all(builders: Mapping[str, Callable[[], Contestant]]) -> tuple[list[Contestant], Failures]:
+    """Build the contestants; one that cannot be built becomes a row that says why."""
+    built, failures = [], {}
+    for label, build in builders.items():
+        made = _attempt(build)
+        if isinstance(made, Exception):
+            failures[label] = made
+        else:
+            built.append(made)
+    return built, failures
+
+
+def measure_group(
+    contestants: Sequence[Contestant],
+    host: nn.Module,
+    workload: Workload,
+    schedule: Schedule,
+    *,
+    reference: str,
+    peak_tflops: float | None = None,
+) -> Group:
+    """Time the contestants in turns, then count what one step of each costs.
+
+    Args:
+        contestants: in the order of the rows.
+        host: the bare model they were made of.
+        workload: what they do.
+        schedule: how often.
+        reference: label of the contestant whose time is the unit.
+        peak_tflops: the device's peak, for the share of it that is used.
+    """
+    device = next(host.parameters()).device
+    for contestant in contestants:
+        contestant.model.train(workload.mode == "train")
+    steps, failures = make_steps(contestants, host, workload)
+    settle = 0 if workload.mode == "train" else 1  # merging touches the weights right before the turn
+    timings = interleave(
+        list(steps.values()), warmup=schedule.warmup, repeats=schedule.repeats, device=device, settle=settle
+    )
+    timings.failures.update(failures)
+    with collecting_between_rounds():
+        costs, uncounted = _all_costs(contestants, steps, timings, host, workload)
+    timings.failures.update(uncounted)
+    work = _Work(workload.tokens(kind_of(host)), _model_flops(costs), peak_tflops)
+    rows = [row(contestant, timings, reference, costs.get(contestant.label), work) for contestant in contestants]
+    return Group(workload, tuple(rows))
+
+
+def _all_costs(
+    contestants: Sequence[Contestant], steps: Mapping[str, Step], timings: Timings, host: nn.Module, workload: Workload
+) -> tuple[dict[str, Costs], Failures]:
+    """What a step of everyone who was timed costs, and the errors of those where it could not be counted."""
+    device = next(host.parameters()).device
+    costs, failures = {}, {}
+    for contestant in contestants:
+        label = contestant.label
+        if label not in timings.seconds:
+            continue
+        eager = make_step(contestant.eager, host, workload, counted=True)
+        counted = _attempt(partial(measure_costs, contestant, steps[label], eager, device))
+        if isinstance(counted, Exception):
+            failures[label] = counted
+        else:
+            costs[label] = counted
+    return costs, failures
+
+
+def make_steps(
+    contestants: Sequence[Contestant], host: nn.Module, workload: Workload
+) -> tuple[dict[str, Step], Failures]:
+    """The steps by label, and the errors of those that cannot start (decoding fills its cache first)."""
+    steps, failures = {}, {}
+    for contestant in contestants:
+        made = _attempt(partial(make_step, contestant, host, workload))
+        if isinstance(made, Exception):
+            failures[contestant.label] = made
+        else:
+            steps[contestant.label] = made
+    return steps, failures
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a step's time is divided into."""
+
+    tokens: int
+    flops: int | None
+    peak_tflops: float | None
+
+
+def _model_flops(costs: Mapping[str, Costs]) -> int | None:
+    """Operations of the frozen model: the work that all contestants share, adapters' own not counted as use."""
+    for label in (FROZEN, FORWARD_ONLY):
+        if label in costs:
+            return costs[label].flops
+    return None
+
+
+def row(
+    contestant: Contestant, timings: Timings, reference: str, costs: Costs | None = None, work: _Work | None = None
+) -> Row:
+    """What the clock and the counters say of one contestant."""
+    label, parameters = contestant.label, sum(parameter.numel() for parameter in contestant.parameters)
+    if label in timings.failures:
+        return failed_row(label, timings.failures[label], parameters)
+    seconds = timings.seconds[label]
+    spread = quantiles(seconds)
+    known = reference in timings.seconds
+    mfu = None
+    if work is not None and work.flops is not None and work.peak_tflops is not None:
+        mfu = work.flops / spread.median / (work.peak_tflops * 1e12)
+    return Row(
+        label=label,
+        parameters=parameters,
+        seconds=tuple(seconds),
+        quantiles=spread,
+        ratio=paired_ratio(seconds, timings.seconds[reference]) if known else None,
+        tokens_per_second=None if work is None else work.tokens / spread.median,
+        costs=costs,
+        mfu=mfu,
+    )
+
+
+def failed_row(label: str, error: Exception, parameters: int = 0) -> Row:
+    """A row that says how and why there are no figures."""
+    status = "unsupported" if isinstance(error, NotMergeable) else status_of(error)
+    return Row(label, parameters, status=status, reason=one_line(error))
+
+
+def _attempt(work: Callable[[], Made]) -> Made | Exception:
+    """What the work gives, or the error it raised."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return error
+    except Exception as error:
+        return error
