@@ -20,7 +20,7 @@ test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several pro
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/contract tests/golden tests/unit/test_bridge_peft.py tests/unit/test_bridge_trainer.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/library/contract tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py
 
 check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what the records give
 	$(BIN)/ruff check .

@@ -1,0 +1,34 @@
+"""Two runs on one results folder: one reads the folder while the other takes a record away to write it anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import benchmarks.records.store
+from benchmarks.records.store import RecordError, Store
+from tests.support.record_factory import make_cell, make_record
+
+
+def test_a_record_that_vanishes_while_it_is_read_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    for method in ("alpha", "beta"):
+        store.put(*make_record(method))
+    real = benchmarks.records.store._read_json
+
+    def racing(path: Path) -> Any:
+        if path.name.startswith("alpha"):
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
+    assert [record.cell.method for record in store.all()] == ["beta"]
+    monkeypatch.undo()
+    store.put(*make_record("alpha"))
+    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
+    assert store.find(make_cell("alpha")) is None
+    (tmp_path / "records" / "gamma-s0-0.json").write_text("{")
+    with pytest.raises(RecordError, match="gamma"):
+        store.all()

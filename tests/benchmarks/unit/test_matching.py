@@ -1,0 +1,169 @@
+"""The matched track: sizes found by the closed form, checked against modules and against all other sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+
+import moepeft
+from benchmarks.backbones.load import find_backbone
+from benchmarks.backbones.shapes import build_shape
+from benchmarks.methods.matching import TOLERANCE, backbone_sites, count, matched_methods, nearest, sizes_of
+from benchmarks.plan.cells import expand, parse_methods
+from benchmarks.plan.options import Options, resolve_protocol
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.reporting.comparable import group_records
+from moepeft.errors import ConfigError, Unsupported
+from moepeft.sites import find_sites, select_sites
+from tests.support.record_factory import make_record
+
+NAMES = [f"{name}@{preset}" for name in moepeft.available() for preset in ("published", "released")]
+
+
+def protocol(**fields: Any) -> Protocol:
+    common = {"name": "test", "tasks": ("a", "b"), "steps": 4, "backbone": "tiny-bert", "reference": "lora"}
+    return Protocol.model_validate({**common, "track": "matched", **fields})
+
+
+def sites_of(shape: str) -> tuple[Any, ...]:
+    return select_sites(find_sites(build_shape(shape)), None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_found_is_the_nearest_and_what_the_modules_hold(name):
+    model = build_shape("minilm")
+    sites = select_sites(find_sites(model), None)
+    target = count(moepeft.method("lora"), sites)
+    factory = moepeft.method(name, num_tasks=4)
+    try:
+        match = nearest(factory, sites, target)
+    except Unsupported:
+        with pytest.raises(Unsupported):
+            factory.select(sites)
+        return
+    if name == "ept@released":  # its kernels alone hold more than the target: no rank is low enough
+        assert match.count > (1 + TOLERANCE) * target
+        assert match.refusal.startswith("no rank gives within 5% of 331,776 trainable numbers: the nearest is 435,744")
+    else:
+        assert match.agrees, match.refusal
+    adapters = moepeft.attach(model, match.factory)
+    assert adapters.parameter_count().total == match.count
+    adapters.detach()
+    # Nothing but sizes was turned, and with the other sizes as they are no rank is nearer.
+    changed = {
+        field.name
+        for field in dataclasses.fields(factory)
+        if getattr(factory, field.name) != getattr(match.factory, field.name)
+    }
+    assert changed <= set(sizes_of(factory))
+    for rank in range(1, 40):
+        try:
+            other = dataclasses.replace(match.factory, rank=rank)
+        except ConfigError:
+            continue
+        assert abs(count(other, sites) - target) >= abs(match.count - target)
+
+
+def test_a_method_is_its_own_match():
+    for name in ("lora", "ept", "more", "moelora"):
+        factory = moepeft.method(name, num_tasks=3)
+        sites = sites_of("deberta-v3-base")
+        assert nearest(factory, sites, count(factory, sites)).factory == factory
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarse:
+    """1,000 numbers per unit of rank and of breadth; rank a multiple of breadth."""
+
+    name: ClassVar[str] = "coarse"
+    rank: int = 8
+    breadth: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rank % self.breadth:
+            raise ConfigError("rank is no multiple of breadth")
+
+    def select(self, sites: Any) -> Any:
+        return sites
+
+    def count(self, sites: Any) -> int:
+        return 1000 * self.rank
+
+
+class CoarseWithBreadth(Coarse):
+    sizes: ClassVar[tuple[str, ...]] = ("rank", "breadth")
+
+
+def test_further_sizes_are_turned_only_where_the_rank_alone_is_not_near_enough():
+    assert nearest(Coarse(), (), 12_300).factory == Coarse(rank=12)
+    match = nearest(Coarse(), (), 10_000)
+    assert not match.agrees
+    assert (match.factory, match.count) == (Coarse(rank=8), 8000)  # 12,000 is as far: the smaller one
+    assert match.refusal == "no rank gives within 5% of 10,000 trainable numbers: the nearest is 8,000 at rank 8"
+    match = nearest(CoarseWithBreadth(), (), 12_300)
+    assert match.factory == CoarseWithBreadth(rank=12)
+    match = nearest(CoarseWithBreadth(), (), 10_000)
+    assert match.agrees
+    assert match.factory == CoarseWithBreadth(rank=10, breadth=5)  # breadth 3 is as near, and gives 9,000 at best
+    assert match.refusal is None
+
+
+def test_the_tolerance_is_of_the_target():
+    assert nearest(Coarse(breadth=1), (), 20_000).count == 20_000
+    low, high = round(20_000 / (1 + TOLERANCE)) - 1, 20_000 + 1000
+    assert nearest(Coarse(rank=20, breadth=20), (), high).agrees
+    assert not nearest(Coarse(rank=20, breadth=20), (), low).agrees
+
+
+def test_all_methods_of_a_run_are_brought_to_the_size_of_the_reference():
+    methods = parse_methods("ept,lora,full,peft:dora", num_tasks=2)
+    found, matched, refusals = matched_methods(protocol(), methods, find_backbone("tiny-bert"))
+    sites = backbone_sites(find_backbone("tiny-bert"), "encoder")
+    assert found.target_parameters == count(moepeft.method("lora"), sites)
+    assert matched["lora"] == moepeft.method("lora")
+    assert matched["head"] is matched["majority"] is None
+    assert matched["ept"] == nearest(moepeft.method("ept", num_tasks=2), sites, found.target_parameters).factory
+    assert set(refusals) - {"ept"} == {"full", "peft:dora"}
+    # A target of one's own comes before the reference, and is all it takes.
+    found, matched, _ = matched_methods(
+        protocol(reference=None, target_parameters=20_000), methods, find_backbone("tiny-bert")
+    )
+    assert found.target_parameters == 20_000
+    assert abs(count(matched["lora"], sites) - 20_000) <= 1000
+
+
+def test_sites_need_no_weights():
+    with_weights = sites_of("minilm")
+    assert backbone_sites(find_backbone("minilm"), "encoder") == with_weights
+
+
+def test_tracks_never_share_a_table():
+    methods = parse_methods("lora", num_tasks=2)
+    made, _ = make_record("alpha")
+    cells = [
+        planned
+        for fields in ({}, {"target_parameters": 1000}, {"track": "as-published"})
+        for planned in expand(protocol(**fields), methods, ())
+    ]
+    assert len(group_records(made.model_copy(update={"cell": planned.cell}) for planned in cells)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reference": None}, "needs target_parameters, or a reference"),
+        ({"track": "as-published", "target_parameters": 5}, "target_parameters is for track = matched"),
+        ({"target_parameters": 0}, "greater than 0"),
+    ],
+)
+def test_a_track_without_a_size_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        protocol(**fields)
+
+
+def test_flags():
+    found = resolve_protocol(Options(track="matched", target_parameters=400_000))
+    assert (found.track, found.target_parameters) == ("matched", 400_000)
+    assert resolve_protocol(Options()).track == "as-published"

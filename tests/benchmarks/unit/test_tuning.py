@@ -1,0 +1,255 @@
+"""Equal tuning: what is tried, what is chosen, what the report makes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.cells.cell import budget_differences
+from benchmarks.plan.cells import PlannedCell, expand, parse_methods
+from benchmarks.plan.options import Options, parse_shard, resolve_protocol
+from benchmarks.plan.trials import Trials, expected_best, mean_primary, read_trials, trial_store
+from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
+from benchmarks.protocols.protocol import Protocol, UsageError
+from benchmarks.records.schema import RunRecord, Score
+from benchmarks.records.store import Store
+from benchmarks.report import build_report
+from benchmarks.reporting.comparable import group_records
+from benchmarks.tasks.base import TaskData, TaskSpec
+from tests.support.record_factory import PROTOCOL, make_record
+
+RATES = (5e-4, 2e-3, 1e-3)
+DATA = (TaskData(TaskSpec("classes", "classification", ("no", "yes"), "accuracy"), (), (), "hand-made", "f" * 64),)
+
+
+def protocol(**fields: object) -> Protocol:
+    common = {"name": "test", "tasks": ("classes",), "steps": 40, "precision": "fp32", "learning_rate": 3e-4}
+    return Protocol.model_validate({**common, "head_learning_rate": 7e-3, "tuning_rates": RATES, **fields})
+
+
+def methods() -> dict[str, object]:
+    return dict(parse_methods("lora,ept", num_tasks=1))
+
+
+def trials(scores: Mapping[float, float | None]) -> Trials:
+    return Trials("x", scores, {rate: "oom" if score is None else "ok" for rate, score in scores.items()})
+
+
+# ---------------------------------------------------------------------- planning
+
+
+def test_every_method_that_trains_tries_the_same_rates_as_often():
+    cells = trial_cells(protocol(tuning_steps=10), methods(), DATA)
+    tried: dict[str, list[float]] = {}
+    for planned in cells:
+        own = planned.cell.protocol
+        assert (own["evaluate_on"], own["steps"], planned.cell.seed) == ("fold", 10, 1000)
+        assert own["learning_rate"] == planned.protocol.learning_rate
+        tried.setdefault(planned.cell.method, []).append(own["learning_rate"])
+    assert tried == dict.fromkeys(("head", "lora", "ept"), sorted(RATES))
+    # Where nothing but heads trains the rate is theirs; beside an adapter theirs stays.
+    for planned in cells:
+        alone = planned.cell.method == "head"
+        assert planned.protocol.head_learning_rate == (planned.protocol.learning_rate if alone else 7e-3)
+
+
+def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported():
+    def ids(**fields: object) -> set[str]:
+        return {planned.cell.id for planned in trial_cells(protocol(**fields), methods(), DATA)}
+
+    assert ids(tuning_rates=(1e-3,)) < ids()
+    assert ids(seeds=(0, 1, 2)) == ids(tuning_rates=sorted(RATES)) == ids()
+    assert not ids(tuning_seed=7) & ids()
+    assert not ids(tuning_steps=5) & ids()
+
+
+def test_reported_cells_differ_in_their_rates_alone_and_say_how_they_were_found():
+    rates = {"head": 2e-3, "lora": 5e-4, "ept": 1e-3}
+    cells = tuned_cells(protocol(seeds=(0, 1)), methods(), DATA, rates)
+    assert [planned.cell.seed for planned in cells] == [0] * 4 + [1] * 4
+    first = {planned.cell.method: planned for planned in cells[:4]}
+    assert {name: first[name].protocol.learning_rate for name in rates} == rates
+    assert first["head"].protocol.head_learning_rate == 2e-3
+    assert first["lora"].protocol.evaluate_on == "reported"
+    for planned in cells:
+        tuned = planned.cell.protocol["tuned"]
+        assert tuned == {"rates": sorted(RATES), "seed": 1000, "steps": 40, "head_learning_rate": 7e-3}
+    assert len(group_records(map(record, cells))) == 1
+    # Another grid is another experiment; so is no tuning at all.
+    for other in (
+        tuned_cells(protocol(tuning_rates=RATES[:2]), methods(), DATA, rates),
+        tuned_cells(protocol(head_learning_rate=1e-3), methods(), DATA, rates),
+        expand(protocol(tuning_rates=()), methods(), DATA),
+    ):
+        assert len(group_records(map(record, [*cells, *other]))) == 2
+
+
+def test_budgets_are_compared_across_tuned_rates():
+    cells = tuned_cells(protocol(), methods(), DATA, {"head": 1e-3, "lora": 5e-4, "ept": 1e-3})
+    records = [record(planned) for planned in cells if planned.cell.method != "majority"]
+    assert budget_differences(records) == []
+    assert records[-1].budget is not None
+    records[-1] = records[-1].model_copy(update={"budget": records[-1].budget.model_copy(update={"tokens": 1})})
+    assert len(budget_differences(records)) == 1
+
+
+def record(planned: PlannedCell) -> RunRecord:
+    made, _ = make_record(planned.cell.method, planned.cell.seed, status="error")
+    other, _ = make_record("alpha")
+    return made.model_copy(update={"cell": planned.cell, "status": "ok", "budget": other.budget})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": (0, 1000)}, "tuning_seed 1000 is among the reported seeds"),
+        ({"evaluate_on": "fold"}, "nothing is left to report"),
+        ({"tuning_rates": (1e-3, 1e-3)}, "tuning_rates lists 0.001 twice"),
+        ({"tuning_rates": (0.0,)}, "greater than 0"),
+    ],
+)
+def test_a_tuning_that_would_mislead_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        protocol(**fields)
+
+
+def test_flags():
+    found = resolve_protocol(Options(tune="1e-3,5e-4", tune_steps=9))
+    assert (found.tuning_rates, found.tuning_steps) == ((1e-3, 5e-4), 9)
+    for flags, message in (
+        ({"tune": "fast"}, "--tune 'fast': give learning rates"),
+        ({"tune": "1e-3", "learning_rate": 1e-3}, "exclude each other"),
+        ({"shard": "2/2"}, "--shard '2/2': give i/n with i from 0"),
+        ({"shard": "one"}, "--shard 'one'"),
+        ({"jobs": 0}, "--jobs 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            resolve_protocol(Options(**flags))
+    assert parse_shard("1/3") == (1, 3)
+    assert parse_shard(None) == (0, 1)
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+def test_the_best_rate_is_that_of_the_highest_score_and_of_equals_the_lowest():
+    assert trials({1e-4: 0.3, 5e-4: 0.5, 1e-3: 0.5, 2e-3: 0.1}).best == 5e-4
+    assert trials({1e-3: 0.5, 1e-4: 0.5}).best == 1e-4
+    assert trials({1e-4: None, 1e-3: -0.2}).best == 1e-3  # a failed trial is worse than any score
+    assert trials({1e-3: None, 1e-4: None}).best == 1e-4
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_marked():
+    assert trials({1: 0.1, 2: 0.3, 3: 0.2}).at_edge is None
+    assert trials({1: 0.4, 2: 0.3, 3: 0.2}).at_edge == "lowest"
+    assert trials({1: 0.1, 2: 0.3, 3: 0.5}).at_edge == "highest"
+    assert trials({1: 0.1}).at_edge is None
+    assert trials({1: None, 2: None}).at_edge is None
+
+
+def test_an_undefined_metric_counts_as_no_skill():
+    made, _ = make_record("alpha")
+    scores = {
+        "a": Score(metrics={"accuracy": 0.6}, primary="accuracy", rows=10),
+        "b": Score(metrics={"pearson": None, "spearman": 0.9}, primary="pearson", rows=10),
+    }
+    assert mean_primary(made.model_copy(update={"scores": scores})) == pytest.approx(0.3)
+    assert mean_primary(made.model_copy(update={"scores": {}})) is None
+
+
+def test_a_rate_is_chosen_when_all_trials_of_the_method_have_ended(tmp_path):
+    store = Store(tmp_path)
+    cells = trial_cells(protocol(), methods(), DATA)
+    for planned in cells:
+        made, _ = make_record("alpha", skill=0.5 + 100 * planned.protocol.learning_rate)
+        if planned.cell.method == "ept" and planned.protocol.learning_rate == 2e-3:
+            made = made.model_copy(update={"status": "interrupted"})
+        if planned.cell.method == "head" and planned.protocol.learning_rate == 2e-3:
+            made = made.model_copy(update={"status": "diverged"})
+        store.put(made.model_copy(update={"cell": planned.cell}))
+    assert chosen_rates(cells, store) == {"head": 1e-3, "lora": 2e-3}
+
+
+# ---------------------------------------------------------------------- expectations
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([-0.3, 0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=5), st.integers(1, 5))
+def test_expected_best_is_the_mean_over_all_draws(scores, k):
+    drawn = [max(draw) for draw in itertools.product(scores, repeat=k)]
+    assert expected_best(scores, k, replacement=True) == pytest.approx(np.mean(drawn), abs=1e-12)
+    if k > len(scores):
+        with pytest.raises(ValueError, match="the number of trials"):
+            expected_best(scores, k, replacement=False)
+        return
+    drawn = [max(draw) for draw in itertools.combinations(scores, k)]
+    assert expected_best(scores, k, replacement=False) == pytest.approx(np.mean(drawn), abs=1e-12)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def write_tuned(root: Path) -> None:
+    """Reported runs of two methods and a head, and trials of which one method failed at the highest rate."""
+    base = {**PROTOCOL, "head_learning_rate": 1e-2, "evaluate_on": "reported", "learning_rate": 1e-3}
+    tuned = {"rates": [1e-4, 1e-3, 1e-2], "seed": 1000, "steps": 20, "head_learning_rate": 1e-2}
+    skills = {"head": (0.5, 0.6, 0.9), "alpha": (0.6, 0.8, 0.7), "beta": (0.7, 0.75, None)}
+    for method, by_rate in skills.items():
+        for rate, skill in zip(tuned["rates"], by_rate, strict=True):
+            heads = {"head_learning_rate": rate} if method == "head" else {}
+            trial = {**base, "learning_rate": rate, "evaluate_on": "fold", "steps": 20, **heads}
+            status = "ok" if skill is not None else "diverged"
+            made, outcomes = make_record(method, 1000, protocol=trial, skill=skill or 0.5, status=status)
+            trial_store(root).put(made, outcomes)
+        best = 1e-2 if method == "head" else 1e-3
+        made, outcomes = make_record(method, 0, protocol={**base, "learning_rate": best, "tuned": tuned})
+        Store(root).put(made, outcomes)
+    # What belongs to another experiment: other steps, another seed, other rows.
+    for seed, change in ((1000, {"steps": 21}), (1001, {"steps": 20}), (1000, {"steps": 20, "eval_rows": 5})):
+        trial = {**base, "learning_rate": 1e-3, "evaluate_on": "fold", **change}
+        made, outcomes = make_record("alpha", seed, protocol=trial, skill=0.99)
+        trial_store(root).put(made, outcomes)
+
+
+def test_the_report_shows_the_trials(tmp_path):
+    write_tuned(tmp_path)
+    report = build_report(tmp_path)
+    assert report.files == build_report(tmp_path).files
+    table = report.files["tables/tuning.md"].decode()
+    lines = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
+    assert list(lines) == ["method", "head", "alpha", "beta"]
+    assert "0.01 (highest tried)" in lines["head"]
+    assert lines["alpha"].rstrip(" |").endswith(" 0.001")
+    assert "diverged" in lines["beta"]
+    assert "20 steps and seed 1000" in table
+    assert "a better one may lie beyond: head." in table
+    means = [mean_primary(one) for one in trial_store(tmp_path).all() if one.cell.method == "alpha"]
+    shown = [float(cell) for cell in lines["alpha"].split("|")[2:5]]
+    assert all(any(score == pytest.approx(100 * mean, abs=0.051) for mean in means) for score in shown)
+
+    budget = report.files["tables/tuning-budget.md"].decode()
+    (alpha,) = [line for line in budget.splitlines() if line.startswith("| alpha")]
+    expected = [100 * expected_best([score / 100 for score in shown], k, replacement=False) for k in (1, 2, 3)]
+    assert [float(cell) for cell in alpha.split("|")[2:5]] == pytest.approx(expected, abs=0.11)
+    assert report.files["figures/tuning-budget.svg"].startswith(b"<?xml")
+    assert "tuning" not in build_without_tuning(tmp_path / "plain")
+
+
+def build_without_tuning(root: Path) -> str:
+    made, outcomes = make_record("alpha")
+    Store(root).put(made, outcomes)
+    return "".join(build_report(root).files)
+
+
+def test_a_missing_trial_is_shown_as_missing():
+    made, _ = make_record("alpha", skill=0.7)
+    found = read_trials("alpha", {1e-3: made, 1e-2: None})
+    assert dict(found.statuses) == {1e-3: "ok", 1e-2: "missing"}
+    assert not found.complete
+    assert found.best == 1e-3

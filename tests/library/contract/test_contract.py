@@ -1,0 +1,414 @@
+"""What every registered method and preset must do on every host, or declare that it does not.
+
+Each clause is here because a published implementation fails it. Declared exceptions are asserted too: a method that
+says its rows depend on their batch must be seen to do so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moepeft
+from moepeft.errors import AuxLossDetached, MissingRouting, NotMergeable, Unsupported
+from moepeft.registry import factory_class
+from tests.support.hosts import HOSTS, batch, build, output, rows_of
+
+TASKS = 4
+IDS = torch.tensor([0, 1, 2, 3])
+
+
+def make(spec: str, **fields: Any) -> moepeft.AdapterFactory:
+    return moepeft.method(spec, num_tasks=TASKS, **fields)
+
+
+# Presets with equal fields (LoRA's two) are one configuration and run once.
+_ALL = [f"{name}@{preset}" for name in moepeft.available() for preset in factory_class(name).presets]
+SPECS = list({make(spec): spec for spec in reversed(_ALL)}.values())[::-1]
+
+BATCH_FIRST = [spec for spec in SPECS if make(spec).capabilities.batch_first]
+everywhere = pytest.mark.parametrize("spec", BATCH_FIRST)
+on_hosts = pytest.mark.parametrize("host", HOSTS)
+
+
+def attached(host: str, spec: str, *, random: bool = True, **fields: Any) -> tuple[nn.Module, moepeft.Attachment]:
+    """A host with adapters; `random` moves every adapter parameter away from its start, as training would."""
+    model = build(host)
+    torch.manual_seed(5)
+    adapters = moepeft.attach(model, make(spec, **fields))
+    if random:
+        run(model, batch(model), IDS)  # data-aware initialisation happens now, not in the middle of a comparison
+        generator = torch.Generator().manual_seed(7)
+        for parameter in adapters.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.1 * noise)
+    return model, adapters
+
+
+@torch.no_grad()
+def run(model: nn.Module, inputs: dict[str, Tensor], ids: Tensor | None = None) -> Tensor:
+    return output(model, inputs, **({} if ids is None else {"task_ids": ids}))
+
+
+def train_step(model: nn.Module, adapters: moepeft.Attachment, inputs: dict[str, Tensor]) -> None:
+    model.train()
+    loss = output(model, inputs, task_ids=IDS).square().mean() + adapters.aux_loss()
+    loss.backward()
+    model.eval()
+
+
+@everywhere
+@on_hosts
+def test_bare_model_is_untouched(host: str, spec: str) -> None:
+    bare = build(host)
+    inputs = batch(bare, padded=2)
+    expected, keys = run(bare, inputs), list(bare.state_dict())
+    model, adapters = attached(host, spec)
+    assert [key for key in model.state_dict() if "moepeft" not in key] == keys
+    model.load_state_dict(bare.state_dict(), strict=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("moepeft" in name for name in trained)
+    assert len(trained) == len(list(adapters.parameters()))
+    with adapters.disabled():
+        assert torch.equal(run(model, inputs, IDS), expected)
+    assert not torch.equal(run(model, inputs, IDS), expected)
+    adapters.detach()
+    assert torch.equal(run(model, inputs), expected)
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@everywhere
+@on_hosts
+def test_identity_at_init_or_declared(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec, random=False)
+    inputs = batch(model)
+    with adapters.disabled():
+        expected = run(model, inputs, IDS)
+    close = torch.allclose(run(model, inputs, IDS), expected, atol=1e-6)
+    assert close == adapters.factory.capabilities.identity_at_init
+
+
+@everywhere
+@on_hosts
+def test_save_load_first_forward(host: str, spec: str, tmp_path: Any) -> None:
+    model, adapters = attached(host, spec)
+    inputs = batch(model, padded=2)
+    expected = run(model, inputs, IDS)
+    adapters.save(tmp_path)
+    fresh = build(host)
+    torch.manual_seed(99)
+    again = moepeft.load(fresh, tmp_path)
+    assert again.factory == adapters.factory
+    other = batch(fresh, seed=3)
+    run(fresh, other, IDS)  # a batch of another mean: the release re-draws its centroids here
+    assert torch.equal(run(fresh, inputs, IDS), expected)
+
+
+@everywhere
+@on_hosts
+def test_merge_or_refuse(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    model.double()
+    inputs = batch(model, padded=2)
+    capabilities = adapters.factory.capabilities
+    if capabilities.not_mergeable:
+        with pytest.raises(NotMergeable, match=capabilities.not_mergeable.replace("(", r"\(").replace(")", r"\)")):
+            adapters.merge()
+        return
+    before = copy.deepcopy(model.state_dict())
+    for task in range(TASKS) if capabilities.routing == "task" else [None]:
+        ids = torch.full((4,), task or 0)
+        expected = run(model, inputs, ids)
+        adapters.merge(task=task)
+        assert torch.allclose(run(model, inputs, ids), expected, atol=1e-9)
+        assert not any("forward" in module.__dict__ for module in model.modules())  # at the bare model's speed
+        adapters.unmerge()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert torch.equal(run(model, inputs, ids), expected)
+
+
+@everywhere
+@on_hosts
+@pytest.mark.parametrize("padded", [0, 3])
+def test_rows_stand_alone_or_declared(host: str, spec: str, padded: int) -> None:
+    """A mixed-task batch equals its rows run one by one, each with its own task, with and without padding."""
+    model, adapters = attached(host, spec)
+    model.double()
+    inputs = batch(model, padded=padded)
+    together = run(model, inputs, IDS)
+    alone = torch.cat([run(model, rows_of(inputs, [row]), IDS[[row]]) for row in range(4)])
+    assert torch.allclose(together, alone, atol=1e-9) == adapters.factory.capabilities.row_independent
+
+
+@everywhere
+@on_hosts
+def test_padding_changes_nothing_or_declared(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    model.double()
+    inputs = batch(model, padded=3)
+    longer = dict(inputs)
+    for name, fill in (("input_ids", 1), ("attention_mask", 0)):
+        longer[name] = nn.functional.pad(inputs[name], (0, 5), value=fill)
+    real = inputs["attention_mask"].bool()
+    short, long = run(model, inputs, IDS), run(model, longer, IDS)
+    long = long[:, : short.shape[1]]
+    if host != "t5":
+        short, long = short[real], long[real]
+    same = torch.allclose(short, long, atol=1e-9)
+    assert same == adapters.factory.capabilities.padding_independent
+
+
+@everywhere
+@on_hosts
+def test_gradients_reach_what_they_should(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    for seed in range(8):
+        train_step(model, adapters, batch(model, padded=2, seed=seed))
+    never = adapters.factory.capabilities.never_trained
+    reached: dict[str, bool] = {}
+    for name, parameter in adapters.named_parameters():
+        # By name within the site: with top-k routing an expert that no task chose at one site is chosen at another.
+        key = name.removeprefix("sites.").removeprefix(next((s.name for s in adapters.sites if s.name in name), ""))
+        reached[key] = reached.get(key, False) or (parameter.grad is not None and bool(parameter.grad.any()))
+    for key, seen in reached.items():
+        assert seen != key.endswith(never or ("-",)), key
+    assert all(p.grad is None for n, p in model.named_parameters() if "moepeft" not in n)
+
+
+@everywhere
+@on_hosts
+def test_aux_losses_by_name_from_every_site(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    model.train()
+    output(model, batch(model), task_ids=IDS)
+    losses = adapters.aux_losses()
+    assert tuple(losses) == adapters.factory.capabilities.aux_losses
+    assert torch.isclose(adapters.aux_loss(), sum(losses.values(), torch.zeros(())))
+    for terms in adapters.runtime.losses.values():
+        blocks = {site.block for site in adapters.sites if site.block is not None}
+        assert len(terms) in (len(adapters.sites), len(blocks))
+    model.eval()
+    output(model, batch(model), task_ids=IDS)
+    assert adapters.aux_losses() == {}
+
+
+@everywhere
+@on_hosts
+def test_count_equals_closed_form(host: str, spec: str) -> None:
+    _, adapters = attached(host, spec, random=False)
+    count = adapters.parameter_count()
+    assert count.total == count.closed_form == sum(p.numel() for p in adapters.parameters())
+    with torch.device("meta"):
+        model = HOSTS[host]()
+        assert moepeft.attach(model, make(spec)).parameter_count().total == count.total
+
+
+@everywhere
+@on_hosts
+@pytest.mark.parametrize("memory", ["for all", "for the base"])
+def test_model_made_without_memory(host: str, spec: str, memory: str) -> None:
+    """As large models are made to be sharded: its shape first, then memory, which holds anything, then values."""
+    bare, (_, wanted) = build(host), attached(host, spec, random=False)
+    with torch.device("meta"):
+        model = HOSTS[host]().eval()
+    adapters = moepeft.attach(model, make(spec))
+    with pytest.raises(Unsupported, match="to_empty"):
+        adapters.reset_parameters()
+    if memory == "for all":
+        model.to_empty(device="cpu")
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.detach().fill_(3)
+        with pytest.raises(Unsupported, match="reset_parameters"):
+            run(model, batch(model), IDS)
+        model.load_state_dict(bare.state_dict(), strict=False)
+    else:
+        model.load_state_dict(bare.state_dict(), strict=False, assign=True)
+    for name, value in bare.named_buffers():  # those of transformers that are in no state dict
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, value.clone())
+    torch.manual_seed(5)
+    adapters.reset_parameters()
+    assert_same(adapters, wanted)
+
+
+@everywhere
+@on_hosts
+def test_start_again(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    train_step(model, adapters, batch(model))
+    before = dict(adapters.named_parameters())
+    torch.manual_seed(5)
+    adapters.reset_parameters()
+    assert all(before[name] is parameter for name, parameter in adapters.named_parameters())
+    assert_same(adapters, attached(host, spec, random=False)[1])
+
+
+def assert_same(one: moepeft.Attachment, other: moepeft.Attachment) -> None:
+    """Bit for bit, in what they hold and in what they make of a batch."""
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    outputs = []
+    for model in (one.model, other.model):
+        torch.manual_seed(6)  # a data-aware start draws
+        outputs.append(run(model, batch(model), IDS))
+    assert torch.equal(*outputs)
+
+
+@everywhere
+@on_hosts
+def test_checkpointing_parity_and_refusal(host: str, spec: str) -> None:
+    gradients = []
+    for reentrant in (None, False):
+        model, adapters = attached(host, spec)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        train_step(model, adapters, batch(model, padded=2))
+        gradients.append([p.grad for p in adapters.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert (plain is None) == (recomputed is None)
+        assert plain is None or torch.allclose(plain, recomputed, atol=1e-7)
+
+    if adapters.factory.capabilities.aux_losses:
+        model, adapters = attached(host, spec)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        with pytest.raises(AuxLossDetached, match="use_reentrant"):
+            train_step(model, adapters, batch(model))
+
+
+@everywhere
+@on_hosts
+def test_inputs_go_with_the_forward(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    received: list[weakref.ref[torch.UntypedStorage]] = []
+    for site in adapters.sites:
+        module = model.get_submodule(site.name)
+        module.register_forward_pre_hook(lambda _, args: received.append(weakref.ref(args[0].untyped_storage())))
+    run(model, batch(model), IDS)
+    assert len(received) >= len(adapters.sites)
+    assert not [left for left in received if left() is not None]
+
+
+@everywhere
+@on_hosts
+def test_copies_are_independent(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    inputs = batch(model)
+    train_step(model, adapters, inputs)  # leaves graphs behind, which a copy must not trip over
+    expected = run(model, inputs, IDS)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(run(twin, inputs, IDS), expected)
+        for parameter in moepeft.attachment(twin).parameters():
+            parameter.data.zero_()
+        run(twin, inputs, IDS)
+        assert torch.equal(run(model, inputs, IDS), expected)
+        assert torch.equal(run(moepeft.attachment(twin).detach(), inputs), run(build(host), inputs))
+
+
+@everywhere
+@on_hosts
+def test_bfloat16_is_finite_and_near(host: str, spec: str) -> None:
+    model, adapters = attached(host, spec)
+    inputs = batch(model)
+    exact = run(model, inputs, IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = run(model, inputs, IDS)
+    kept = {name: p.data.clone() for name, p in adapters.named_parameters()}
+    model.bfloat16()  # the base in half precision, the adapters kept in float32
+    for name, parameter in adapters.named_parameters():
+        parameter.data = kept[name]
+    half = run(model, inputs, IDS)
+    for value in (autocast, half):
+        assert torch.isfinite(value).all()
+        assert (value.float() - exact).norm() / exact.norm() < 0.1
+
+
+@everywhere
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_cached_generation_or_declared(sample: bool, spec: str) -> None:
+    model, adapters = attached("llama", spec)
+    model.double()
+    inputs = batch(model, rows=4, length=7)
+    with adapters.route(task_ids=IDS):
+        kwargs = {"do_sample": sample, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
+        cached = model.generate(**inputs, use_cache=True, output_logits=True, return_dict_in_generate=True, **kwargs)
+        full = model(input_ids=cached.sequences[:, :-1]).logits[:, 6:]
+    same = torch.allclose(torch.stack(cached.logits, dim=1).double(), full, atol=1e-6)
+    assert same == adapters.factory.capabilities.cache_consistent
+
+
+@everywhere
+@pytest.mark.parametrize("host", ["t5", "llama"])
+def test_beam_search_keeps_tasks(host: str, spec: str) -> None:
+    """Beams of mixed tasks equal those of each task alone."""
+    model, adapters = attached(host, spec)
+    inputs = {name: value for name, value in batch(model).items() if name != "decoder_input_ids"}
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    with adapters.route(task_ids=IDS):
+        together = model.generate(**inputs, **options)
+    assert together.shape[0] == 4
+    if adapters.factory.capabilities.row_independent:
+        for row in range(4):
+            with adapters.route(task_ids=int(IDS[row])):
+                assert torch.equal(model.generate(**rows_of(inputs, [row]), **options)[0], together[row])
+
+
+@everywhere
+def test_same_seed_same_bits(spec: str) -> None:
+    results = []
+    for _ in range(2):
+        model, adapters = attached("bert", spec)
+        optimiser = torch.optim.AdamW(adapters.parameters(), lr=1e-2)
+        for seed in range(3):
+            optimiser.zero_grad()
+            train_step(model, adapters, batch(model, seed=seed))
+            optimiser.step()
+        results.append(run(model, batch(model), IDS))
+    assert torch.equal(*results)
+
+
+@everywhere
+def test_missing_and_wrong_task_ids(spec: str) -> None:
+    model, adapters = attached("bert", spec)
+    inputs = batch(model)
+    needs = adapters.factory.capabilities.routing == "task"
+    if not needs:
+        output(model, inputs)
+        return
+    with pytest.raises(MissingRouting, match="task_ids"):
+        output(model, inputs)
+    with pytest.raises(MissingRouting, match="3 task ids for 4 rows"):
+        output(model, inputs, task_ids=IDS[:3])
+    with pytest.raises(MissingRouting, match="num_tasks=4"):
+        output(model, inputs, task_ids=IDS + 1)
+
+
+@everywhere
+def test_config_round_trips_through_json(spec: str) -> None:
+    factory = make(spec)
+    assert moepeft.registry.from_config(factory.name, dataclasses.asdict(factory)) == factory
+    assert hash(factory) == hash(make(spec))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in BATCH_FIRST])
+def test_sequence_first_presets_refuse_batch_first_rows(spec: str) -> None:
+    """The release's layout: mixed rows cannot be told apart on a batch-first model, and it must not guess."""
+    model = build("bert")
+    adapters = moepeft.attach(model, make(spec))
+    assert not adapters.factory.capabilities.batch_first
+    with pytest.raises(MissingRouting, match="4 task ids for 7 rows"):
+        output(model, batch(model), task_ids=IDS)

@@ -1,0 +1,477 @@
+"""Each method's arithmetic against something nobody here wrote: torch's convolutions, tensorly, the peft package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import moepeft
+from benchmarks.plan.cells import parse_methods
+from moepeft import method
+from moepeft.errors import ConfigError, UnknownMethod, Unsupported
+from moepeft.methods._fast import ept as _pyramid
+from moepeft.methods._fast.ept import (
+    add_kronecker_update,
+    add_together,
+    branches,
+    collect,
+    places,
+    residues,
+    spread,
+)
+from moepeft.methods.ept import EPT
+from moepeft.methods.mixlora import MixLoRA
+from moepeft.methods.more import MoRE
+from moepeft.methods.tucka import TuckA, dense_update
+from moepeft.registry import METHODS, ablations
+from moepeft.routing import token_shares, unit, with_row_mean
+from tests.support.hosts import batch, build, output
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 9), m=st.integers(1, 6), h=st.integers(1, 6), rank=st.integers(1, 5), extra=st.integers(0, 8)
+)
+def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: int, extra: int) -> None:
+    draw = torch.Generator().manual_seed(size + 10 * m + 100 * h)
+    A = torch.randn(rank, m, generator=draw, dtype=torch.float64)
+    B = torch.randn(h, rank, generator=draw, dtype=torch.float64)
+    kernel = torch.randn(size, size, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 3, m * size + extra % size, generator=draw, dtype=torch.float64)
+    dense = F.conv_transpose2d((B @ A)[None, None], kernel[None, None], stride=size)[0, 0]
+    expected = F.linear(x[..., : m * size], dense)
+    for weights in (torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 3, 1, dtype=torch.float64)):
+        nothing = x.new_zeros(2, 3, h * size + extra % size)
+        where = places([(1, size)], rank, (m, h), (x.shape[-1], nothing.shape[-1]), size)
+        update = add_kronecker_update(nothing, branches(x, weights, size)[1], weights, A, B, [kernel[None]], where)
+        assert torch.allclose(update, F.pad(expected, (0, extra % size)), atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scales=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    widths=st.tuples(st.integers(5, 23), st.integers(5, 23)),
+    rank=st.integers(1, 4),
+)
+def test_spread_seeds_are_kronecker_products(scales: list[int], widths: tuple[int, int], rank: int) -> None:
+    """`spread` against torch.kron, and `collect` against what autograd makes of the same products."""
+    i_s, o_s = (width // min(scales) for width in widths)
+    seeds = [torch.randn(rank, width, dtype=torch.float64, requires_grad=True) for width in (i_s, o_s)]
+    where = places([(1, m) for m in scales], rank, (i_s, o_s), widths, 1)
+    products = []
+    for seed, width in zip(seeds, widths, strict=True):
+        by_scale = [
+            F.pad(torch.kron(seed[:, : width // m], torch.eye(m, dtype=torch.float64)), (0, width % m)) for m in scales
+        ]
+        products.append(torch.cat([each.reshape(rank, -1, width).transpose(0, 1) for each in by_scale]).flatten(0, 1))
+    assert torch.equal(spread(*(seed.T for seed in seeds), where), torch.cat(products, dim=1))
+    cotangents = [torch.randn_like(each) for each in products]
+    gradients = torch.autograd.grad(products, seeds, cotangents)
+    for found, expected in zip(collect(*cotangents, i_s, where), gradients, strict=True):
+        assert torch.allclose(found.T, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("g", [1, 2, 3])
+@pytest.mark.parametrize("width", [12, 13])
+def test_features_are_sorted_by_residue_and_put_back(width: int, g: int, dtype: torch.dtype) -> None:
+    """torch's channel shuffle, there and back, against features picked one residue after the other."""
+    x, y = torch.randn(2, 3, 5, width, dtype=dtype)
+    whole = width // g * g
+    apart = residues(x, g)
+    assert torch.equal(apart, torch.stack([x[..., k:whole:g] for k in range(g)], dim=1))
+    assert torch.equal(add_together(y, apart), y + F.pad(x[..., :whole], (0, width - whole)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_row_mean_differentiates(masked: bool) -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool() if masked else None
+    assert torch.autograd.gradcheck(lambda x: with_row_mean(x, token_shares(x, mask)), x)
+    means = [x[0].mean(0), x[1, 0], torch.zeros(5)] if masked else list(x.mean(1))
+    same, mean = with_row_mean(x, token_shares(x, mask))
+    assert torch.equal(same, x)
+    assert torch.allclose(mean, torch.stack(means), atol=1e-14)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_unit_differentiates(first: int) -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unit(x, first), x)
+    assert torch.allclose(unit(x, first).flatten(first), F.normalize(x.flatten(first), dim=-1))
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_ept_update_differentiates(
+    again: bool, tokens: bool, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own check of a hand-written backward, against finite differences; once only, and it says so."""
+    monkeypatch.setattr(_pyramid, "takes_apart_again", lambda source, apart: again)
+    i, o = widths
+    shapes = [
+        (2, 3, o),
+        (2, 3, i),
+        (2, 3, 5) if tokens else (2, 5),
+        (2, i // 2),
+        (o // 2, 2),
+        (3, 2, 2),
+        (2, 4, 4),
+    ]
+    where = places([(3, 2), (2, 4)], 2, (i // 2, o // 2), widths, 2)
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def update(y: Tensor, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
+        z, apart, mean = branches(x, weights, 2, torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=x.dtype))
+        assert mean is not None
+        return add_kronecker_update(y + z.square().sum(), apart, weights, A, B, kernels, where) * mean.square().sum()
+
+    assert torch.autograd.gradcheck(update, leaves)
+    (first,) = torch.autograd.grad(update(*leaves).square().sum(), leaves[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_ept_update_per_row_equals_its_merged_weight() -> None:
+    """Rows of different tasks, a width that no kernel divides, token routing against the same gates by hand."""
+    model = nn.Sequential(nn.Linear(50, 35)).double()
+    adapters = moepeft.attach(model, EPT(num_tasks=3, kernel_init="uniform"))
+    model.double()
+    adapter = adapters.adapters["0"]
+    adapter.task_embedding.data.normal_()
+    x = torch.randn(3, 4, 50, dtype=torch.float64)
+    y = model(x, task_ids=torch.tensor([2, 0, 1]))
+    for row, task in enumerate((2, 0, 1)):
+        weight = model[0].weight + adapter.delta_weight(task)
+        assert torch.allclose(y[row], F.linear(x[row], weight, model[0].bias), atol=1e-12)
+    gates = adapter.expert_weights(adapter.task_embedding)
+    assert (gates > 0).sum(-1).eq(2).all()
+    assert torch.allclose(gates.sum(-1), torch.ones(3, dtype=torch.float64))
+    per_token = gates[torch.tensor([2, 0, 1])][:, None].expand(3, 4, 8)
+    assert torch.allclose(adapter.update(x, per_token), adapter.update(x, per_token[:, 0]), atol=1e-12)
+
+
+def test_ept_token_routing_gives_tokens_their_own_experts() -> None:
+    model = nn.Sequential(nn.Linear(48, 48))
+    adapters = moepeft.attach(model, EPT(routing="token", kernel_init="uniform", contrastive=0.0))
+    x = torch.randn(2, 5, 48)
+    with adapters.recording() as stats:
+        y = model(x)
+    assert stats["0"]["gates"].shape == (2, 5, 8)
+    assert len({tuple(row.nonzero().flatten().tolist()) for row in stats["0"]["gates"].flatten(0, 1)}) > 1
+    assert torch.allclose(y[0, 3], model(x[:1, 3:4])[0, 0], atol=1e-5)
+
+
+def test_ept_count_of_the_paper_site() -> None:
+    """6,144 + 240 numbers per 768 x 768 site at rank 8: seed and kernels."""
+    model = nn.Sequential(nn.Linear(768, 768, device="meta"))
+    adapter = moepeft.attach(model, EPT()).adapters["0"]
+    assert adapter.A.numel() + adapter.B.numel() == 6144
+    assert sum(kernel.numel() for kernel in adapter.kernels) == 240
+
+
+def _tucka(**fields: Any) -> tuple[nn.Sequential, moepeft.Attachment]:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 7)).double()
+    adapters = moepeft.attach(model, TuckA(rank=4, groups=3, experts=3, **fields))
+    model.double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in adapters.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model, adapters
+
+
+def test_tucka_fast_path_is_the_tucker_product() -> None:
+    model, adapters = _tucka(alpha=3.0)
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    with adapters.recording() as stats:
+        y = model(x)
+    hidden = x
+    for index in (0, 2):
+        adapter, seen = adapters.adapters[str(index)], stats[str(index)]
+        T = dense_update(adapter.core[seen["group"][0]], adapter.factor, adapter.mixing, seen["scores"][0])
+        hidden = F.linear(hidden + 3.0 * hidden @ T, model[index].weight, model[index].bias)
+        hidden = hidden.tanh() if index == 0 else hidden
+    assert torch.allclose(y, hidden, atol=1e-12)
+
+
+def test_tucka_definition_keeps_gradients() -> None:
+    """tensorly's own algebra on torch tensors: gradients reach all four factors."""
+    factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 4), (6, 4), (3, 2), (3,))]
+    dense_update(*factors).square().sum().backward()
+    assert all(factor.grad is not None and factor.grad.abs().sum() > 0 for factor in factors)
+
+
+def test_tucka_routing_by_row_equals_rows_alone() -> None:
+    model, _ = _tucka(routing="row")
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    together = model(x)
+    assert torch.allclose(together, torch.cat([model(x[row : row + 1]) for row in range(4)]), atol=1e-12)
+
+
+def test_tucka_group_choice() -> None:
+    """Raw affinities (3,3,3), (.001,0,0), (2,2,2): the release picks the most uneven group, the paper the nearest."""
+    affinities = torch.tensor([3.0, 3, 3, 0.001, 0, 0, 2, 2, 2])
+    for choice, winner in (("affinity", 0), ("normalised", 1)):
+        model, adapters = _tucka(choice=choice, centroids="kaiming")
+        model.float()
+        adapters.shared.centroids.data = torch.diag(affinities) @ torch.ones(9, 12) / 12
+        group, weights = adapters.shared(torch.ones(1, 12))
+        assert group.item() == winner
+        assert ((weights > 0.26) & (weights < 0.74)).all()
+
+
+def test_tucka_centroids_start_near_the_first_batch_once() -> None:
+    model = nn.Sequential(nn.Linear(12, 12))
+    adapters = moepeft.attach(model, TuckA(perturbation=0.5))
+    x = torch.randn(4, 5, 12)
+    model(x)
+    mean = x.mean(dim=(0, 1))
+    assert torch.allclose(adapters.shared.centroids[0], mean)
+    distance = (adapters.shared.centroids[1:] - mean).abs()
+    assert 0 < distance.max() <= 0.5
+    before = adapters.shared.centroids.clone()
+    model(torch.randn(4, 5, 12))
+    assert torch.equal(adapters.shared.centroids, before)
+
+
+class NaiveFFN(nn.Module):
+    """MixLoRA as its equations read: for every token, a loop over its experts."""
+
+    def __init__(self, ffn: nn.Module, adapters: moepeft.Attachment) -> None:
+        super().__init__()
+        self.ffn, self.adapters, self.factory = ffn, adapters, adapters.factory
+
+    def project(self, name: str, z: Tensor, expert: int) -> Tensor:
+        layer, adapter = getattr(self.ffn, name), self.adapters.adapters[name]
+        rows = slice(expert * self.factory.rank, (expert + 1) * self.factory.rank)
+        return F.linear(z, layer.weight, layer.bias) + adapter.scale * adapter.B[:, rows] @ (adapter.A[rows] @ z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        router = self.adapters.shared["/"]
+        out = []
+        for token in x.flatten(0, -2):
+            weights, experts = (router @ token).softmax(-1).topk(self.factory.top_k)
+            y = torch.zeros_like(token)
+            for weight, expert in zip(weights / weights.sum(), experts.tolist(), strict=True):
+                hidden = F.silu(self.project("gate_proj", token, expert)) * self.project("up_proj", token, expert)
+                y = y + weight * self.project("down_proj", hidden, expert)
+            out.append(y)
+        return torch.stack(out).reshape(x.shape)
+
+
+class GatedFFN(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+@settings(max_examples=20, deadline=None)
+@given(experts=st.integers(1, 6), rank=st.integers(1, 5), rows=st.integers(1, 3), data=st.data())
+def test_mixlora_streams_equal_the_loop_over_experts(experts: int, rank: int, rows: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    torch.manual_seed(experts)
+    ffn = GatedFFN(6, 10).double()
+    adapters = moepeft.attach(ffn, MixLoRA(num_experts=experts, rank=rank, top_k=top_k))
+    ffn.double()
+    for parameter in adapters.parameters():
+        parameter.data.normal_()
+    x = torch.randn(rows, 3, 6, dtype=torch.float64, requires_grad=True)
+    fast, naive = ffn(x), NaiveFFN(ffn, adapters)(x)
+    assert torch.allclose(fast, naive, atol=1e-10)
+    cotangent = torch.randn_like(fast)
+    wanted = [x, *adapters.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((fast * cotangent).sum(), wanted, allow_unused=True),
+        torch.autograd.grad((naive * cotangent).sum(), wanted, allow_unused=True),
+        strict=True,
+    ):
+        # With one chosen expert its weight is the constant 1: the loop leaves the router out of the graph.
+        assert torch.allclose(*(torch.zeros(()) if g is None else g for g in (a, b)), atol=1e-9)
+
+
+@pytest.mark.parametrize("host", ["bert", "roberta", "deberta", "t5", "gated_t5", "llama", "gpt2"])
+def test_mixlora_finds_and_trains_every_ffn(host: str) -> None:
+    model = build(host)
+    adapters = moepeft.attach(model, MixLoRA())
+    inputs = batch(model, padded=2)
+    with adapters.disabled(), torch.no_grad():
+        bare = output(model, inputs)
+    assert torch.allclose(output(model, inputs), bare, atol=1e-5)
+    for parameter in adapters.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.train()
+    (output(model, inputs).square().mean() + adapters.aux_loss()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.parameters())
+    assert not any(isinstance(value, tuple) for value in adapters.runtime.values.values())  # no activation is kept
+
+
+def test_mixlora_balance_is_k_at_perfect_balance_and_larger_off_it() -> None:
+    from moepeft.routing import balance_loss
+
+    even = torch.stack((torch.full((8,), 2.0), torch.full((8,), 1.0), torch.full((8,), 8.0)))
+    assert balance_loss(even) == pytest.approx(2.0)
+    skewed = torch.stack((torch.tensor([8.0, 8] + [0] * 6), torch.tensor([4.0, 4] + [0] * 6), torch.full((8,), 8.0)))
+    assert balance_loss(skewed) == pytest.approx(8.0)
+
+
+def test_mixlora_wants_whole_networks() -> None:
+    with pytest.raises(Unsupported, match=r"only \['up'\]"):
+        moepeft.attach(build("bert"), MixLoRA(), sites=["q", "up"])
+    with pytest.raises(Unsupported, match="feed-forward"):
+        moepeft.attach(build("bert"), MixLoRA(), sites=["q"])
+    adapters = moepeft.attach(build("bert"), MixLoRA(attention=False))
+    assert {site.role for site in adapters.sites} == {"up", "down"}
+
+
+def test_more_selector_trains_and_ranks_change() -> None:
+    """The published selector gets gradients and moves; the released map never does."""
+    ranks = {}
+    for spec in ("more", "more@released"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16))
+        adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=4))
+        adapter = adapters.adapters["0"]
+        ids = torch.arange(4).repeat(8)
+        x, target = torch.randn(32, 3, 16), torch.randn(32, 3, 16)
+        model(x, task_ids=ids)
+        before = adapter.ranks().clone()
+        optimiser = torch.optim.Adam(adapters.parameters(), lr=0.03)
+        for _ in range(200):
+            optimiser.zero_grad()
+            loss = (model(x, task_ids=ids) - target).square().mean() + adapters.aux_loss()
+            loss.backward()
+            optimiser.step()
+        seen = adapter.gate.weight.grad is not None and bool(adapter.gate.weight.grad.any())
+        ranks[spec] = (before.tolist(), adapter.ranks().tolist(), seen)
+    assert ranks["more"][2]
+    assert ranks["more"][0] != ranks["more"][1]
+    assert not ranks["more@released"][2]
+    assert ranks["more@released"][0] == ranks["more@released"][1]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"),
+    [("none", [1, 1, 1, 0]), ("linear", [0.75] * 3 + [0]), ("quadratic", [1 / 64, 4 / 64, 9 / 64, 0])],
+)
+def test_more_scaling(scaling: Any, factor: list[float]) -> None:
+    adapter = moepeft.attach(nn.Sequential(nn.Linear(6, 6)), MoRE(rank=4, scaling=scaling)).adapters["0"]
+    adapter.gate.bias.data = torch.tensor([0.0, 0, 9, 0])
+    assert adapter.term_weights()[0].tolist() == pytest.approx(factor)
+
+
+def test_moelora_gate_is_shared_and_rows_may_have_several_tasks() -> None:
+    model = build("bert").double()
+    adapters = moepeft.attach(model, moepeft.method("moelora", num_tasks=3, rank=4, num_experts=2))
+    model.double()
+    gates = {id(adapter.gate) for adapter in adapters.adapters.values()}
+    assert len(gates) == 1
+    for adapter in adapters.adapters.values():
+        adapter.B.data.normal_()
+    inputs = batch(model)
+    single = output(model, inputs, task_ids=torch.tensor([0, 1, 2, 0]))
+    padded = output(model, inputs, task_ids=torch.tensor([[0, -1], [1, -1], [2, -1], [0, -1]]))
+    assert torch.allclose(single, padded)
+    mixed = output(model, inputs, task_ids=torch.tensor([[0, 1], [1, -1], [2, -1], [0, -1]]))
+    assert not torch.allclose(single[0], mixed[0])
+    assert torch.allclose(single[1:], mixed[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("lora", {"rank": 0}, r"rank=0, wanted a whole number from 1 on"),
+        ("lora", {"alpha": -1.0}, r"alpha=-1.0, wanted a finite number above 0"),
+        ("lora", {"dropout": 1.0}, r"dropout=1.0, wanted a probability"),
+        ("lora", {"ranks": 4}, r"no hyper-parameter 'ranks'. Did you mean rank\?"),
+        ("moelora", {"rank": 12}, r"rank=12 is not a multiple of num_experts=8.*is 16"),
+        ("more", {"selector": "off"}, r"selector='off', wanted one of 'trained', 'frozen'"),
+        ("mixlora", {"top_k": 9}, r"top_k=9, wanted a whole number from 1 to 8"),
+        ("mixlora", {"targets": ()}, r"targets is empty"),
+        ("mixlora", {"targets": ("q",)}, r"targets='q', wanted one of 'gate'"),
+        ("tucka", {"groups": 0}, r"groups=0"),
+        ("ept", {"top_k": 9}, r"top_k=9, wanted a whole number from 1 to 8. there are as many experts as kernels"),
+        ("ept", {"kernels": ()}, r"kernels is empty"),
+        ("ept", {"kernels": (2, 0)}, r"kernels=0"),
+        ("ept", {"temperature": 0}, r"temperature=0, wanted a finite number above 0"),
+    ],
+)
+def test_configs_refuse_with_value_range_and_way_out(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        moepeft.method(name, **fields)
+
+
+def test_ept_refuses_a_site_narrower_than_its_kernel() -> None:
+    with pytest.raises(Unsupported, match="largest kernel 8 does not fit site '0' of shape 5 -> 9"):
+        moepeft.attach(nn.Sequential(nn.Linear(5, 9)), EPT())
+
+
+@pytest.mark.parametrize("name", ["moelora", "more", "ept", "tucka"])
+def test_deberta_position_table_belongs_to_no_row(name: str) -> None:
+    """DeBERTa sends its relative positions through the query and key projections: rows still stand alone."""
+    model = build("deberta")
+    options = {"routing": "row"} if name == "tucka" else {}
+    adapters = moepeft.attach(model, moepeft.method(name, num_tasks=4, **options))
+    inputs, ids = batch(model, padded=2), torch.arange(4)
+    model(**inputs, task_ids=ids)
+    for parameter in adapters.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    together = output(model, inputs, task_ids=ids)
+    alone = [output(model, {k: v[[row]] for k, v in inputs.items()}, task_ids=ids[[row]]) for row in range(4)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    with pytest.raises(moepeft.errors.NotMergeable):
+        adapters.merge(task=1)
+    adapters.detach()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_unknown_methods_and_presets_suggest() -> None:
+    with pytest.raises(moepeft.errors.UnknownMethod, match="Did you mean tucka"):
+        moepeft.method("tuca")
+    with pytest.raises(moepeft.errors.UnknownMethod, match="Did you mean released"):
+        moepeft.method("ept@relaesed")
+
+
+@pytest.mark.parametrize("spec", [f"{name}@{one}" for name in METHODS for one in ablations(name)])
+def test_ablations_train_as_they_declare_and_differ_from_the_method(spec: str) -> None:
+    factory, whole = method(spec, num_tasks=16), method(spec.partition("@")[0], num_tasks=16)
+    assert factory != whole
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+    adapters = moepeft.attach(model, factory).model
+    handle = moepeft.attachment(adapters)
+    count = handle.parameter_count()
+    assert count.total == count.closed_form
+    optimiser = torch.optim.Adam(handle.parameters(), lr=1e-2)
+    before = {name: value.detach().clone() for name, value in handle.named_parameters()}
+    for _ in range(3):
+        optimiser.zero_grad()
+        output = model(torch.randn(16, 5, 32), task_ids=torch.arange(16))
+        (output.square().mean() + handle.aux_loss()).backward()
+        optimiser.step()
+    still = {name for name, value in handle.named_parameters() if torch.equal(value, before[name])}
+    assert all(name.endswith(factory.capabilities.never_trained) for name in still), still
+
+
+def test_ept_without_any_randomness_would_never_train() -> None:
+    with pytest.raises(ConfigError, match=r"no gradient.*kernel_init='uniform'"):
+        EPT(seed_init="zero")
+
+
+def test_ablations_are_chosen_on_the_command_line_together() -> None:
+    names = tuple(parse_methods("tucka@ablations", num_tasks=2))
+    assert names[:3] == ("majority", "head", "tucka")
+    assert set(names[3:]) == {f"tucka@{one}" for one in ablations("tucka")}
+    with pytest.raises(UnknownMethod, match="declares no ablations"):
+        parse_methods("lora@ablations", num_tasks=2)
