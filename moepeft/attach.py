@@ -59,7 +59,7 @@ class Attachment:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable adapter parameters; shared ones first, each once, under the names `save` uses."""
-        for name, module in self._modules():
+        for name, module in self.modules():
             for key, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     yield f"{name}.{key}", parameter
@@ -70,13 +70,11 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the adapters hold, buffers included, under names free of the model's own."""
-        return {
-            f"{name}.{key}": value for name, module in self._modules() for key, value in module.state_dict().items()
-        }
+        return {f"{name}.{key}": value for name, module in self.modules() for key, value in module.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` gave. Names and shapes must agree exactly (`moepeft.load` checks them first)."""
-        for name, module in self._modules():
+        for name, module in self.modules():
             prefix = f"{name}."
             _load(module, {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
 
@@ -93,7 +91,7 @@ class Attachment:
         if home.type == "meta":
             raise Unsupported("the model is on the meta device: give it memory first, by model.to_empty(device=...)")
         shared, built = _drawn(self.factory, self.sites)
-        for (_, module), drawn in zip(self._modules(), [*([] if shared is None else [shared]), *built], strict=True):
+        for (_, module), drawn in zip(self.modules(), [*([] if shared is None else [shared]), *built], strict=True):
             if _on_meta(module):  # memory was given to the base alone
                 module.to_empty(device=home)
             _load(module, drawn.state_dict())
@@ -256,7 +254,8 @@ class Attachment:
         assert isinstance(slot, Slot)
         return slot
 
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The module that all sites share, if there is one, and every adapter, under the names `save` uses."""
         if self._state.shared is not None:
             yield "shared", self._state.shared
         for site in self.sites:

@@ -1,14 +1,16 @@
 """Count trainable numbers on the modules, by what they are for, beside the method's closed form.
 
 Papers count differently: with or without the router, with or without the task table. So that each convention can be
-named, parameters are told apart by their names: methods call a task table `task_embedding`, and what chooses experts
-`gate`, `router` or `centroids`; the rest is the adapter's core.
+named, parameters are told apart by purpose (`moepeft.config.purpose`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from .config import purpose
 
 if TYPE_CHECKING:
     from .attach import Attachment
@@ -42,24 +44,21 @@ class ParameterCount:
         return self.total - self.task_tables - self.router
 
 
-def group_of(name: str) -> Literal["task_table", "router", "core"]:
-    """What a parameter is for, by the components of its name."""
-    parts = name.split(".")
-    if "task_embedding" in parts:
-        return "task_table"
-    return "router" if {"gate", "router", "centroids"} & set(parts) else "core"
-
-
 def count_parameters(attachment: Attachment) -> ParameterCount:
     """Count an attachment's parameters. Works on the meta device: shapes are enough."""
-    named = [(name, parameter.numel()) for name, parameter in attachment.named_parameters()]
-    total = sum(number for _, number in named)
+    counted: Counter[str] = Counter()
+    for module_name, module in attachment.modules():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                counted[purpose(attachment.factory, name)] += parameter.numel()
+                counted["shared"] += parameter.numel() * (module_name == "shared")
+    total = counted["task_table"] + counted["router"] + counted["core"]
     everything = sum(p.numel() for p in attachment.model.parameters())
     return ParameterCount(
         total=total,
-        shared=sum(number for name, number in named if name.startswith("shared.")),
-        task_tables=sum(number for name, number in named if group_of(name) == "task_table"),
-        router=sum(number for name, number in named if group_of(name) == "router"),
+        shared=counted["shared"],
+        task_tables=counted["task_table"],
+        router=counted["router"],
         closed_form=attachment.factory.count(attachment.sites),
         base=everything - total,
         sites=len(attachment.sites),

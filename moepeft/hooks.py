@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .config import task_number
 from .context import Runtime, SiteContext
 from .errors import MissingRouting, Unsupported
 from .protocols import AdapterFactory, LinearSite, Stream
@@ -206,7 +207,7 @@ def checked_ids(state: State, task_ids: Any, call: Mapping[str, Any]) -> Tensor:
         ids = ids.reshape(1)
     if ids.dim() > 2:
         raise MissingRouting(f"task_ids must have shape (rows,) or (rows, ids), got {tuple(ids.shape)}")
-    number = getattr(state.factory, "num_tasks", None)
+    number = task_number(state.factory)
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = int(ids.min()), int(ids.max())
         if number is not None and (high >= number or low < (-1 if ids.dim() == 2 else 0)):

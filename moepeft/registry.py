@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
+from .config import ablations, with_tasks
 from .errors import ConfigError, UnknownMethod, did_you_mean
 from .protocols import AdapterFactory
 
@@ -58,23 +59,11 @@ def method(spec: str, *, num_tasks: int | None = None, **fields: Any) -> Adapter
     """
     name, _, preset = spec.partition("@")
     cls = factory_class(name)
-    presets = {**ablations(name), **cls.presets}
+    presets = {**ablations(cls), **cls.presets}
     if (preset or "published") not in presets:
         raise UnknownMethod(f"{name!r} has no preset {preset!r}.{did_you_mean(preset, presets)}")
-    values = {**presets[preset or "published"], **fields}
-    if num_tasks is not None and "num_tasks" in _fields(cls):
-        values["num_tasks"] = num_tasks
-    return from_config(name, values)
-
-
-def ablations(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """What can be left out of or changed in a method, as presets by name; empty for a method that declares none.
-
-    Raises:
-        UnknownMethod: no such method.
-    """
-    declared: Mapping[str, Mapping[str, Any]] = getattr(factory_class(name), "ablations", {})
-    return declared
+    factory = from_config(name, {**presets[preset or "published"], **fields})
+    return factory if num_tasks is None else with_tasks(factory, num_tasks)
 
 
 def from_config(name: str, values: Mapping[str, Any]) -> AdapterFactory:

@@ -25,13 +25,13 @@ from benchmarks.backbones.load import (
 from benchmarks.methods.peft import PeftBaseline
 from benchmarks.plan.cells import Method, parse_methods
 from benchmarks.protocols.protocol import Family, Protocol, UsageError
+from moepeft import config
 from moepeft.errors import ConfigError, NoMatchingSite, Unsupported
 from moepeft.protocols import AdapterFactory, LinearSite
 from moepeft.sites import find_sites, select_sites
 
 TOLERANCE = 0.05
 HIGHEST = 4096
-SIZES = ("rank",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def nearest(factory: AdapterFactory, sites: Sequence[LinearSite], target: int) -
 def sizes_of(factory: AdapterFactory) -> tuple[str, ...]:
     """Names of the fields that may be turned to reach a size."""
     fields = {field.name for field in dataclasses.fields(cast(Any, factory))}
-    return tuple(name for name in getattr(factory, "sizes", SIZES) if name in fields)
+    return tuple(name for name in config.sizes(factory) if name in fields)
 
 
 def _variants(factory: AdapterFactory, fields: Sequence[str]) -> Iterator[AdapterFactory]:

@@ -13,9 +13,10 @@ from benchmarks.methods.peft import SPEC_PREFIX, PeftBaseline
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.schema import Cell
 from benchmarks.tasks.base import TaskData
+from moepeft.config import ablations
 from moepeft.errors import UnknownMethod
 from moepeft.protocols import AdapterFactory
-from moepeft.registry import ablations
+from moepeft.registry import factory_class
 
 # No model at all; the heads alone; the model as it comes, where answers are text; every weight of the backbone.
 BASELINES = ("majority", "head", "bare", "full")
@@ -85,7 +86,7 @@ def _expanded(name: str) -> tuple[str, ...]:
     method, _, preset = name.partition("@")
     if preset != ABLATIONS:
         return (name,)
-    declared = ablations(method)
+    declared = ablations(factory_class(method))
     if not declared:
         raise UnknownMethod(f"{method!r} declares no ablations; name one of its presets instead of {ABLATIONS!r}")
     return (method, *(f"{method}@{preset}" for preset in declared))

@@ -38,13 +38,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.methods._common import (
@@ -63,7 +65,7 @@ from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_positi
 
 
 @dataclass(frozen=True, kw_only=True)
-class EPT:
+class EPT(MethodConfig):
     """Configuration of EPT.
 
     Attributes:
@@ -186,12 +188,15 @@ class EPT:
                 )
         return sites
 
-    def shared(self, sites: Sequence[LinearSite]) -> None:
-        """Nothing is shared between sites: seed, router and task table are per site."""
-
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """Seed, kernels, router and task table of one site."""
         return EPTAdapter(site, self)
+
+    def with_experts(self, number: int) -> Self:
+        """The pyramid's kernel sizes, each once and over again, until there are `number` of them."""
+        distinct = tuple(dict.fromkeys(self.kernels))
+        kernels = tuple(islice(cycle(distinct), number))
+        return replace(self, kernels=kernels, top_k=min(self.top_k, number))
 
     def count(self, sites: Sequence[LinearSite]) -> int:
         """Per site: r (in + out) / s_min, the kernels, E in (and E for a bias) for the gate, T in for the table."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.methods._common import check_count, check_dropout, check_positive, uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -27,7 +28,7 @@ from moepeft.routing import add_linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(MethodConfig):
     """Configuration of LoRA.
 
     Attributes:
@@ -60,13 +61,6 @@ class LoRA:
         """Factor of the update."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site."""
-        return sites
-
-    def shared(self, sites: Sequence[LinearSite]) -> None:
-        """Nothing is shared."""
-
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """One pair of factors."""
         return LoRAAdapter(site, self)
@@ -74,10 +68,6 @@ class LoRA:
     def count(self, sites: Sequence[LinearSite]) -> int:
         """r (in + out) per site."""
         return sum(self.rank * (site.in_features + site.out_features) for site in sites)
-
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
-        """LoRA records none."""
-        raise KeyError(name)
 
 
 class LoRAAdapter(nn.Module):

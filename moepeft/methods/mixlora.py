@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.methods._common import (
@@ -48,7 +49,7 @@ from moepeft.routing import add_linear, balance_loss, load_counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixLoRA:
+class MixLoRA(MethodConfig):
     """Configuration of MixLoRA.
 
     Attributes:

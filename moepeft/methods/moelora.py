@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, MissingRouting
 from moepeft.methods._common import check_choices, check_count, check_dropout, check_positive, normal, uniform
@@ -38,7 +39,7 @@ from moepeft.routing import add_linear, per_row
 
 
 @dataclass(frozen=True, kw_only=True)
-class MOELoRA:
+class MOELoRA(MethodConfig):
     """Configuration of MOELoRA.
 
     Attributes:
@@ -86,10 +87,6 @@ class MOELoRA:
         """Routes by task, so it merges per task."""
         return Capabilities(routing="task", batch_first=self.layout == "batch_first")
 
-    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site."""
-        return sites
-
     def shared(self, sites: Sequence[LinearSite]) -> nn.Module | None:
         """The gate and the task table, if all sites share them."""
         return TaskGate(self) if self.gate == "shared" else None
@@ -104,10 +101,6 @@ class MOELoRA:
         gates = 1 if self.gate == "shared" else len(sites)
         factors = sum(self.rank * (site.in_features + site.out_features) for site in sites)
         return factors + gates * self.task_dim * (self.num_experts + self.num_tasks)
-
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
-        """MOELoRA records none."""
-        raise KeyError(name)
 
 
 class TaskGate(nn.Module):

@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.methods._common import (
     check_choices,
@@ -48,7 +49,7 @@ from moepeft.routing import ContrastiveTerm, add_linear, contrastive_task_loss, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoRE:
+class MoRE(MethodConfig):
     """Configuration of MoRE.
 
     Attributes:
@@ -97,13 +98,6 @@ class MoRE:
         return Capabilities(
             routing="task", aux_losses=("contrastive",) if self.contrastive else (), never_trained=never
         )
-
-    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site."""
-        return sites
-
-    def shared(self, sites: Sequence[LinearSite]) -> None:
-        """Nothing is shared: selector and table are per site."""
 
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """The factors, the selector and the task table of one site."""

@@ -25,8 +25,8 @@ Routing by batch makes a row depend on its companions. ``routing="row"`` is this
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import tensorly
 import torch
@@ -36,6 +36,7 @@ from jaxtyping import Float, Int
 from tensorly.tenalg import multi_mode_dot
 from torch import Tensor, nn
 
+from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
 from moepeft.methods._common import check_choices, check_count, check_positive, uniform
@@ -44,7 +45,7 @@ from moepeft.routing import add_linear, has_processes, token_shares, unit, with_
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuckA:
+class TuckA(MethodConfig):
     """Configuration of TuckA.
 
     Attributes:
@@ -118,6 +119,10 @@ class TuckA:
         """Core and factors of one site."""
         assert isinstance(shared, Router)
         return TuckAAdapter(site, self, shared)
+
+    def with_experts(self, number: int) -> Self:
+        """`number` experts in every group."""
+        return replace(self, experts=number)
 
     def count(self, sites: Sequence[LinearSite]) -> int:
         """k p r^2 + r in + t p per site, and k t in of the first site for the centroids."""

@@ -37,9 +37,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
 
 def test_all_examples_are_tested_and_short() -> None:
     names = ["glue_rte_mrpc", "multi_task_t5", "plain_pytorch", "quantised_llama"]
-    assert [
-        f"{name}.py" for name in (*names, "slurm_fan_out")
-    ] == EXAMPLES  # the last: tests/benchmarks
+    assert [f"{name}.py" for name in (*names, "slurm_fan_out")] == EXAMPLES  # the last: tests/benchmarks
     for name in EXAMPLES:
         assert len((ROOT / "examples" / name).read_text().splitlines()) <= (44 if name.startswith("glue") else 39), name
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import moepeft
 from benchmarks.plan.cells import parse_methods
 from moepeft import method
+from moepeft.config import ablations
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
 from moepeft.methods._fast import ept as _pyramid
 from moepeft.methods._fast.ept import (
@@ -29,7 +30,7 @@ from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
-from moepeft.registry import METHODS, ablations
+from moepeft.registry import METHODS, factory_class
 from moepeft.routing import token_shares, unit, with_row_mean
 from tests.support.hosts import batch, build, output
 
@@ -443,7 +444,7 @@ def test_unknown_methods_and_presets_suggest() -> None:
         moepeft.method("ept@relaesed")
 
 
-@pytest.mark.parametrize("spec", [f"{name}@{one}" for name in METHODS for one in ablations(name)])
+@pytest.mark.parametrize("spec", [f"{name}@{one}" for name in METHODS for one in ablations(factory_class(name))])
 def test_ablations_train_as_they_declare_and_differ_from_the_method(spec: str) -> None:
     factory, whole = method(spec, num_tasks=16), method(spec.partition("@")[0], num_tasks=16)
     assert factory != whole
@@ -472,6 +473,6 @@ def test_ept_without_any_randomness_would_never_train() -> None:
 def test_ablations_are_chosen_on_the_command_line_together() -> None:
     names = tuple(parse_methods("tucka@ablations", num_tasks=2))
     assert names[:3] == ("majority", "head", "tucka")
-    assert set(names[3:]) == {f"tucka@{one}" for one in ablations("tucka")}
+    assert set(names[3:]) == {f"tucka@{one}" for one in ablations(factory_class("tucka"))}
     with pytest.raises(UnknownMethod, match="declares no ablations"):
         parse_methods("lora@ablations", num_tasks=2)

@@ -1,0 +1,142 @@
+"""`MethodConfig`: the optional base of a method's configuration, and what the library asks of one beside the protocol.
+
+`moepeft.protocols.AdapterFactory` says what every method must have. The members here are what a method may have
+beside it. A factory without the base works: the functions of this module then give the defaults that the base has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor, nn
+
+from .errors import Unsupported
+from .protocols import AdapterFactory, Capabilities, LinearSite
+
+Purpose = Literal["task_table", "router", "core"]
+
+# Component of a parameter's name -> what the parameter is for. What is not named here is the adapter's core.
+PURPOSES: Mapping[str, Purpose] = {
+    "task_embedding": "task_table",
+    "gate": "router",
+    "router": "router",
+    "centroids": "router",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of a method's configuration, with what most methods share.
+
+    A subclass is a frozen dataclass. It must define `name`, `build` and `count`.
+
+    Attributes:
+        name: registered name of the method.
+        presets: named sets of field values; ``published`` and ``released`` are the least.
+        ablations: further presets: what can be left out of the method or changed in it to see what it does.
+        sizes: the fields that scale its parameters. The benchmark turns the first before the others to bring methods
+            to one size.
+        purposes: component of a parameter's name -> what the parameter is for; the rest is the core.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, "released": {}}
+    ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    purposes: ClassVar[Mapping[str, Purpose]] = PURPOSES
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this configuration promises: a plain LoRA's promises unless overridden."""
+        return Capabilities()
+
+    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
+        """The sites this method adapts, out of `sites`: all of them unless overridden."""
+        return sites
+
+    def shared(self, sites: Sequence[LinearSite]) -> nn.Module | None:
+        """The module that all sites own together: none unless overridden."""
+        return None
+
+    @abstractmethod
+    def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
+        """The adapter of one site."""
+
+    @abstractmethod
+    def count(self, sites: Sequence[LinearSite]) -> int:
+        """Trainable parameters over `sites` in closed form, shared ones included."""
+
+    def aux_loss(self, name: str, terms: Sequence[Any]) -> Tensor:
+        """Combine the terms that sites recorded under `name`: a method that records none is never asked.
+
+        Raises:
+            KeyError: the method has no loss of that name.
+        """
+        raise KeyError(name)
+
+    def with_tasks(self, number: int) -> Self:
+        """The same configuration for `number` tasks; itself if the method knows no tasks."""
+        known = {field.name for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, num_tasks=number) if "num_tasks" in known else self  # type: ignore[call-arg]
+
+    def with_experts(self, number: int) -> Self:
+        """The same configuration with `number` experts per site.
+
+        Raises:
+            Unsupported: the method has no experts whose number could change.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        if "num_experts" not in known:
+            raise Unsupported(f"{self.name} has no number of experts to change")
+        return dataclasses.replace(self, num_experts=number)  # type: ignore[call-arg]
+
+
+# ---------------------------------------------------------------------- the same of a factory that may lack the base
+
+
+def with_tasks(factory: AdapterFactory, number: int) -> AdapterFactory:
+    """`MethodConfig.with_tasks` of any factory."""
+    own = getattr(factory, "with_tasks", None)
+    return factory if own is None else own(number)
+
+
+def with_experts(factory: AdapterFactory, number: int) -> AdapterFactory:
+    """`MethodConfig.with_experts` of any factory.
+
+    Raises:
+        Unsupported: the method has no experts whose number could change.
+    """
+    own = getattr(factory, "with_experts", None)
+    if own is None:
+        raise Unsupported(f"{factory.name} has no number of experts to change: it has no with_experts(number)")
+    changed: AdapterFactory = own(number)
+    return changed
+
+
+def task_number(factory: AdapterFactory) -> int | None:
+    """The number of tasks that a factory was configured for; None if the method knows no tasks."""
+    number: int | None = getattr(factory, "num_tasks", None)
+    return number
+
+
+def sizes(factory: AdapterFactory | type[AdapterFactory]) -> tuple[str, ...]:
+    """`MethodConfig.sizes` of any factory."""
+    declared: tuple[str, ...] = getattr(factory, "sizes", MethodConfig.sizes)
+    return declared
+
+
+def ablations(factory: AdapterFactory | type[AdapterFactory]) -> Mapping[str, Mapping[str, Any]]:
+    """`MethodConfig.ablations` of any factory."""
+    declared: Mapping[str, Mapping[str, Any]] = getattr(factory, "ablations", MethodConfig.ablations)
+    return declared
+
+
+def purpose(factory: AdapterFactory | type[AdapterFactory], parameter: str) -> Purpose:
+    """What a parameter is for, by its name within its adapter or shared module, e.g. ``gate.weight``."""
+    declared: Mapping[str, Purpose] = getattr(factory, "purposes", PURPOSES)
+    named = [declared[part] for part in parameter.split(".") if part in declared]
+    return named[0] if named else "core"
