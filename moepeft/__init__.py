@@ -2,6 +2,7 @@
 
 from .attach import Attachment, attach, attachment
 from .errors import MoepeftError
+from .fast import fast_paths
 from .protocols import Adapter, AdapterFactory, Capabilities, LinearSite
 from .registry import available, method
 from .saving import load
@@ -17,6 +18,7 @@ __all__ = [
     "attach",
     "attachment",
     "available",
+    "fast_paths",
     "find_sites",
     "load",
     "method",

@@ -1,0 +1,69 @@
+"""Definitions and fast paths: one equation, two ways to compute it.
+
+A definition is a plain function in the method's file. A fast path is a function of the same signature in
+`moepeft.methods._fast`. `has_fast_path` ties the two together; `fast_paths` switches between them for the process.
+Whoever overrides a definition in a subclass has no fast path, so that the new definition is what runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_enabled = True
+
+
+class fast_paths:  # noqa: N801 - reads as a statement, as torch.no_grad does
+    """Compute by fast paths, or by definitions.
+
+    ``fast_paths(False)`` holds from now on. ``with fast_paths(False):`` holds inside. The switch is one for the whole
+    process: backward and gradient checkpointing run in threads of their own and must see it.
+
+    Args:
+        wanted: True for fast paths, False for definitions.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        global _enabled
+        self._before, _enabled = _enabled, wanted
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _enabled  # noqa: PLW0603
+        _enabled = self._before
+
+
+def fast_paths_enabled() -> bool:
+    """Whether fast paths are used at present."""
+    return _enabled
+
+
+class WithFastPath(Protocol):
+    """What `has_fast_path` makes of a definition: a function that has both forms as attributes."""
+
+    definition: Callable[..., Any]
+    fast: Callable[..., Any]
+
+
+def has_fast_path(fast: Callable[..., Any]) -> Callable[[F], F]:
+    """Decorate a definition: `fast` computes it while fast paths are enabled.
+
+    Args:
+        fast: a function of the definition's signature that gives the same values and gradients.
+    """
+
+    def decorate(definition: F) -> F:
+        @functools.wraps(definition)
+        def either(*args: Any, **kwargs: Any) -> Any:
+            return (fast if _enabled else definition)(*args, **kwargs)
+
+        tied = cast(WithFastPath, either)
+        tied.definition, tied.fast = definition, fast
+        return cast(F, either)
+
+    return decorate
