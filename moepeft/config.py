@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from .errors import Unsupported
+from .errors import ConfigError, Unsupported
 from .protocols import AdapterFactory, Capabilities, LinearSite
 
 Purpose = Literal["task_table", "router", "core"]
@@ -29,6 +29,42 @@ PURPOSES: Mapping[str, Purpose] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a method's authors train one setting with, and where their release says so.
+
+    A preset holds the part that belongs to the method's configuration: rank, alpha, dropout and the like. The values
+    here are for whoever trains. None means that the release does not set the value.
+
+    Attributes:
+        preset: the preset that holds the configuration's part.
+        sources: name of a value, of the configuration or of the recipe -> the file of the release that sets the value.
+        sites: name ends of the adapted layers.
+        learning_rate: peak learning rate.
+        batch_size: rows per optimiser step.
+        epochs: passes over the training rows.
+        warmup_steps: steps until the peak learning rate.
+        weight_decay: decay of the optimiser.
+        max_length: tokens per row.
+    """
+
+    preset: str
+    sources: Mapping[str, str]
+    sites: tuple[str, ...] | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    epochs: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        values = {field.name for field in dataclasses.fields(self)} - {"preset", "sources"}
+        unsourced = sorted(name for name in values if getattr(self, name) is not None and name not in self.sources)
+        if unsourced:
+            raise ConfigError(f"recipe: sources has no {', '.join(unsourced)}; name the file of the release for each")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Base of a method's configuration, with what most methods share.
 
@@ -40,6 +76,7 @@ class MethodConfig:
         ablations: further presets: what can be left out of the method or changed in it to see what it does.
         sizes: the fields that scale its parameters. The benchmark turns the first before the others to bring methods
             to one size.
+        recipes: setting, e.g. ``glue`` -> what the authors train the setting with.
         purposes: component of a parameter's name -> what the parameter is for; the rest is the core.
     """
 
@@ -47,6 +84,7 @@ class MethodConfig:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, "released": {}}
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     sizes: ClassVar[tuple[str, ...]] = ("rank",)
+    recipes: ClassVar[Mapping[str, Recipe]] = {}
     purposes: ClassVar[Mapping[str, Purpose]] = PURPOSES
 
     @property
@@ -132,6 +170,12 @@ def sizes(factory: AdapterFactory | type[AdapterFactory]) -> tuple[str, ...]:
 def ablations(factory: AdapterFactory | type[AdapterFactory]) -> Mapping[str, Mapping[str, Any]]:
     """`MethodConfig.ablations` of any factory."""
     declared: Mapping[str, Mapping[str, Any]] = getattr(factory, "ablations", MethodConfig.ablations)
+    return declared
+
+
+def recipes(factory: AdapterFactory | type[AdapterFactory]) -> Mapping[str, Recipe]:
+    """`MethodConfig.recipes` of any factory."""
+    declared: Mapping[str, Recipe] = getattr(factory, "recipes", MethodConfig.recipes)
     return declared
 
 
