@@ -26,6 +26,8 @@ check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/docs/test_house.py
 	$(BIN)/python -m benchmarks.report --check --readme README.md
 
 $(READY): pyproject.toml constraints.txt

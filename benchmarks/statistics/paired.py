@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.statistics.intervals import Difference
-from moepeft.errors import did_you_mean
 
 REPLICATES = 1000
 _CHUNK_NUMBERS = 4_000_000  # 32 MB of resampling weights at a time
@@ -51,7 +50,7 @@ class PairedTask:
                 f"got {self.method.shape} and {self.reference.shape}"
             )
         if self.metric not in STATISTICS:
-            raise ValueError(f"cannot resample the metric {self.metric!r}.{did_you_mean(self.metric, STATISTICS)}")
+            raise ValueError(f"cannot resample the metric {self.metric!r}: give {', '.join(STATISTICS)}")
 
 
 @dataclass(frozen=True, slots=True)
