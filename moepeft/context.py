@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from .errors import MissingRouting
+from .ops.linear import token_shares
+from .ops.processes import sum_over_processes
 from .protocols import LinearSite, Stream
-from .routing import sum_over_processes, token_shares
 
 T = TypeVar("T")
 
@@ -151,7 +152,7 @@ class SiteContext:
         return mask if mask.shape[0] == x.shape[0] else mask.repeat_interleave(x.shape[0] // mask.shape[0], dim=0)
 
     def token_shares(self, x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows tokens"]:
-        """`moepeft.routing.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
+        """`moepeft.ops.linear.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
         key, mask = f"token_shares.{self.site.stream}", self.runtime.masks.get(self.site.stream)
         left = self.runtime.values.get(key)
         if left is not None and left[0] is mask:

@@ -34,6 +34,8 @@ class LinearSite:
         stream: whose padding mask applies to its input; cross-attention keys and values read the encoder.
         layer: index of the repeated block it stands in, None outside of one.
         block: name of the feed-forward network it is part of (roles gate, up, down), None elsewhere.
+        stack: where it stands: cross-attention keys and values stand in the decoder, though they read the encoder.
+            ``encoder`` in a model that has one stack only.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LinearSite:
     stream: Stream = "encoder"
     layer: int | None = None
     block: str | None = None
+    stack: Stream = "encoder"
 
 
 class Base(Protocol):

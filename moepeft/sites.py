@@ -66,8 +66,9 @@ def find_sites(model: nn.Module) -> tuple[LinearSite, ...]:
         if features is None or name.startswith(bypassed):
             continue
         role = _role_by_name(name)
-        stream = _stream(name, role) if two_streams else "encoder"
-        found.append(LinearSite(name, *features, role=role, stream=stream, layer=_layer(name, blocks)))
+        stack = _stack(name) if two_streams else "encoder"
+        stream = _stream(name, role, stack)
+        found.append(LinearSite(name, *features, role=role, stream=stream, layer=_layer(name, blocks), stack=stack))
     return tuple(_with_blocks(_with_roles_by_shape(found)))
 
 
@@ -133,11 +134,13 @@ def _role_by_name(name: str) -> Role:
     return _ROLE_OF_NAME.get(last, "other")
 
 
-def _stream(name: str, role: Role) -> Stream:
-    if "decoder" not in name.split("."):
-        return "encoder"
+def _stack(name: str) -> Stream:
+    return "decoder" if "decoder" in name.split(".") else "encoder"
+
+
+def _stream(name: str, role: Role, stack: Stream) -> Stream:
     # Cross-attention projects the encoder's output to keys and values: the encoder's padding applies there.
-    return "encoder" if role in ("k", "v") and _CROSS_ATTENTION.search(name) else "decoder"
+    return "encoder" if role in ("k", "v") and _CROSS_ATTENTION.search(name) else stack
 
 
 def _layer(name: str, blocks: set[str]) -> int | None:

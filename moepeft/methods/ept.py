@@ -49,19 +49,13 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods._common import (
-    check_choices,
-    check_count,
-    check_dropout,
-    check_positive,
-    normal,
-    record_contrastive,
-    uniform,
-    with_summary,
-)
+from moepeft.methods._contrastive import ContrastiveTerm, contrastive_task_loss, record_contrastive, with_summary
 from moepeft.methods._fast.ept import Apart, Places, add_channel_update, add_kronecker_update, branches, places
+from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
+from moepeft.ops.draws import normal, uniform
+from moepeft.ops.gates import top_k_gates
+from moepeft.ops.linear import first_position
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import ContrastiveTerm, contrastive_task_loss, first_position, top_k_gates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
-from moepeft.methods._common import check_count, check_dropout, check_positive, uniform
+from moepeft.methods._validation import check_count, check_dropout, check_positive
+from moepeft.ops.draws import uniform
+from moepeft.ops.linear import add_linear
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import add_linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,18 +34,12 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.methods._common import (
-    check_choice,
-    check_choices,
-    check_count,
-    check_dropout,
-    check_positive,
-    normal,
-    uniform,
-)
+from moepeft.methods._validation import check_choice, check_choices, check_count, check_dropout, check_positive
 from moepeft.methods.lora import LoRA, LoRAAdapter
+from moepeft.ops.draws import normal, uniform
+from moepeft.ops.linear import add_linear
+from moepeft.ops.losses import balance_loss, load_counts
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import add_linear, balance_loss, load_counts
 
 
 @dataclass(frozen=True, kw_only=True)

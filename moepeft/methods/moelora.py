@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, MissingRouting
-from moepeft.methods._common import check_choices, check_count, check_dropout, check_positive, normal, uniform
+from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
+from moepeft.ops.draws import normal, uniform
+from moepeft.ops.linear import add_linear, per_row
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import add_linear, per_row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,18 +34,12 @@ from torch.autograd.function import once_differentiable
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
-from moepeft.methods._common import (
-    check_choices,
-    check_count,
-    check_dropout,
-    check_positive,
-    normal,
-    record_contrastive,
-    uniform,
-    with_summary,
-)
+from moepeft.methods._contrastive import ContrastiveTerm, contrastive_task_loss, record_contrastive, with_summary
+from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
+from moepeft.ops.draws import normal, uniform
+from moepeft.ops.linear import add_linear, per_row
+from moepeft.ops.processes import has_processes
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import ContrastiveTerm, add_linear, contrastive_task_loss, has_processes, per_row
 
 
 @dataclass(frozen=True, kw_only=True)

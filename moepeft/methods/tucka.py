@@ -39,9 +39,11 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
-from moepeft.methods._common import check_choices, check_count, check_positive, uniform
+from moepeft.methods._validation import check_choices, check_count, check_positive
+from moepeft.ops.draws import uniform
+from moepeft.ops.linear import add_linear, token_shares, unit, with_row_mean
+from moepeft.ops.processes import has_processes
 from moepeft.protocols import Base, Capabilities, LinearSite
-from moepeft.routing import add_linear, has_processes, token_shares, unit, with_row_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from moepeft.methods.ept import EPT
 from moepeft.methods.lora import LoRA
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.moelora import MOELoRA
-from moepeft.routing import load_counts
+from moepeft.ops.losses import load_counts
 
 TOLERANCE = 1e-8
 TOLERANCE_FLOAT32 = 1e-6

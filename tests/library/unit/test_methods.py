@@ -30,8 +30,8 @@ from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
+from moepeft.ops.linear import token_shares, unit, with_row_mean
 from moepeft.registry import METHODS, factory_class
-from moepeft.routing import token_shares, unit, with_row_mean
 from tests.support.hosts import batch, build, output
 
 
@@ -319,7 +319,7 @@ def test_mixlora_finds_and_trains_every_ffn(host: str) -> None:
 
 
 def test_mixlora_balance_is_k_at_perfect_balance_and_larger_off_it() -> None:
-    from moepeft.routing import balance_loss
+    from moepeft.ops.losses import balance_loss
 
     even = torch.stack((torch.full((8,), 2.0), torch.full((8,), 1.0), torch.full((8,), 8.0)))
     assert balance_loss(even) == pytest.approx(2.0)

@@ -53,6 +53,13 @@ def test_cross_attention_reads_the_encoder() -> None:
     assert streams["encoder.block.0.layer.0.SelfAttention.k"] == "encoder"
 
 
+@pytest.mark.parametrize("host", ["t5", "llama", "bert"])
+def test_a_site_stands_where_its_name_says(host: str) -> None:
+    """Cross-attention stands in the decoder whatever it reads; a model of one stack has no decoder to stand in."""
+    for site in find_sites(build(host)):
+        assert site.stack == ("decoder" if site.name.startswith("decoder.") else "encoder")
+
+
 class Widening(nn.Module):
     """A block whose names say nothing."""
 

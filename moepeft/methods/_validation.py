@@ -1,17 +1,11 @@
-"""What methods share: checks of their configurations, draws, a row's summary."""
+"""Checks of a method's configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
-from moepeft.routing import ContrastiveTerm, first_position, with_row_mean
 
 
 def check_count(method: str, field: str, value: Any, *, low: int = 1, high: int | None = None, hint: str = "") -> None:
@@ -46,32 +40,3 @@ def check_choices(method: str, config: Any) -> None:
     for field, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             check_choice(method, field, getattr(config, field), get_args(hint))
-
-
-def uniform(shape: tuple[int, ...], bound: float) -> Tensor:
-    """Uniform draws in (-bound, bound)."""
-    return torch.empty(shape).uniform_(-bound, bound)
-
-
-def with_summary(
-    x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str
-) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "rows d"]]:
-    """The input, and what stands for a row in a contrastive loss: the mean of its real tokens, or position 0."""
-    if anchor == "first":
-        return x, first_position(x)
-    return ctx.of_input("row_mean", x, lambda: with_row_mean(x, ctx.token_shares(x)))
-
-
-def record_contrastive(
-    ctx: SiteContext, summary: Float[Tensor, "rows d"], table: Float[Tensor, "tasks d"], tasks: Int[Tensor, "rows"]
-) -> None:
-    """Record a site's term of `moepeft.routing.contrastive_task_loss`."""
-    if not torch.is_grad_enabled():  # reentrant checkpointing: a view of the input would not show it
-        summary = summary.detach()
-    # A copy: a sharded parameter is whole only while its layer runs.
-    ctx.loss("contrastive", ContrastiveTerm(summary, table.clone(), tasks))
-
-
-def normal(shape: tuple[int, ...], std: float) -> Tensor:
-    """Normal draws with mean 0."""
-    return torch.randn(shape) * std

@@ -1,0 +1,1 @@
+"""Arithmetic that several methods use: pure functions on tensors."""

@@ -1,0 +1,63 @@
+"""Linear maps, norms and means over positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moepeft.fast import has_fast_path
+
+from . import _fast
+
+
+def per_row(weight: Tensor, x: Tensor) -> Tensor:
+    """View a weight of shape (rows, n) so that it multiplies features of `x` (rows, ..., n) row by row."""
+    return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)
+
+
+def add_linear(
+    y: Float[Tensor, "*n o"], x: Float[Tensor, "*m k"], weight: Float[Tensor, "o k"], scale: float | None = None
+) -> Float[Tensor, "*m o"]:
+    """y plus `scale` times the linear map of x, in y's type.
+
+    In place on what the product makes, to the last bit what sums in tensors of their own would be; those take longer.
+    """
+    update = F.linear(x, weight.to(x.dtype))
+    update = update if scale is None else update.mul_(scale)
+    return update.to(y.dtype).add_(y)
+
+
+@has_fast_path(_fast.unit)
+def unit(x: Float[Tensor, "*n"], first: int = 0) -> Float[Tensor, "*n"]:
+    """x over its Euclidean norm, taken over the dimensions from `first` on."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(first, x.dim())), keepdim=True)
+    return x / norm
+
+
+def token_shares(
+    x: Float[Tensor, "rows *positions d"], mask: Bool[Tensor, "rows tokens"] | None
+) -> Float[Tensor, "rows tokens"]:
+    """Each token's weight in the mean of its row's real ones; a row of padding alone has zeros."""
+    if mask is None:
+        tokens = x.shape[1:-1].numel()
+        return x.new_full((x.shape[0], tokens), 1 / max(1, tokens))
+    weight = mask.to(x.dtype)
+    return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+@has_fast_path(_fast.with_row_mean)
+def with_row_mean(
+    x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]
+) -> tuple[Float[Tensor, "rows *positions d"], Float[Tensor, "rows d"]]:
+    """x, for whatever else reads it, and the mean of each row over its positions, weighted by `token_shares`.
+
+    A row without positions is its own mean.
+    """
+    return x, x if x.dim() == 2 else torch.einsum("rt,rtd->rd", shares, x.flatten(1, -2))
+
+
+def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:
+    """Each row's features at position 0."""
+    return x if x.dim() == 2 else x.flatten(1, -2)[:, 0]
