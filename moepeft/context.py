@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .errors import MissingRouting
 from .ops.linear import token_shares
 from .ops.processes import sum_over_processes
-from .protocols import LinearSite, Stream
+from .sites import LinearSite, Stream
 
 T = TypeVar("T")
 
@@ -30,7 +30,6 @@ class Runtime:
 
     Attributes:
         enabled: False inside `Attachment.disabled`.
-        shared: the module all sites own together, if the method has one (registered once, at the first site).
         routed: task ids set by `Attachment.route`; those given to the call itself win.
         task_ids: task ids of the current forward, shape (rows,), or (rows, k) for rows of several tasks.
         masks: padding mask of each stream, shape (rows, positions), nonzero on real tokens.
@@ -46,7 +45,6 @@ class Runtime:
     """
 
     enabled: bool = True
-    shared: nn.Module | None = None
     routed: Tensor | None = None
     task_ids: Tensor | None = None
     masks: dict[Stream, Tensor | None] = field(default_factory=dict)

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .config import purpose
-
-if TYPE_CHECKING:
-    from .attach import Attachment
+from .state import State
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterCount:
-    """Trainable numbers of an attachment.
+    """Trainable numbers of an state.
 
     Attributes:
         total: measured on the modules, shared parameters once.
@@ -44,22 +41,22 @@ class ParameterCount:
         return self.total - self.task_tables - self.router
 
 
-def count_parameters(attachment: Attachment) -> ParameterCount:
-    """Count an attachment's parameters. Works on the meta device: shapes are enough."""
+def count_parameters(state: State) -> ParameterCount:
+    """Count the adapters' parameters. Works on the meta device: shapes are enough."""
     counted: Counter[str] = Counter()
-    for module_name, module in attachment.modules():
+    for module_name, module in state.modules():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                counted[purpose(attachment.factory, name)] += parameter.numel()
+                counted[purpose(state.factory, name)] += parameter.numel()
                 counted["shared"] += parameter.numel() * (module_name == "shared")
     total = counted["task_table"] + counted["router"] + counted["core"]
-    everything = sum(p.numel() for p in attachment.model.parameters())
+    everything = sum(p.numel() for p in state.model.parameters())
     return ParameterCount(
         total=total,
         shared=counted["shared"],
         task_tables=counted["task_table"],
         router=counted["router"],
-        closed_form=attachment.factory.count(attachment.sites),
+        closed_form=state.factory.count(state.sites),
         base=everything - total,
-        sites=len(attachment.sites),
+        sites=len(state.sites),
     )

@@ -12,59 +12,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import task_number
-from .context import Runtime, SiteContext
+from .context import SiteContext
 from .errors import MissingRouting, Unsupported
-from .protocols import AdapterFactory, LinearSite, Stream
-
-SLOT = "moepeft"
-ENTRY = "moepeft_entry"
-
-
-class Slot(nn.Module):
-    """What an adapted layer carries: its adapter, its view of the runtime, the `forward` it had before.
-
-    The first slot also registers the parameters that all sites share. A child of the model itself would be an
-    obvious place, but containers such as `nn.Sequential` call every child they have.
-    """
-
-    def __init__(self, adapter: nn.Module, context: SiteContext, inner: Any, shared: nn.Module | None) -> None:
-        super().__init__()
-        self.adapter = adapter
-        self.context = context
-        self.inner = inner
-        self.shared = shared
-        self.rows: tuple[Tensor, ...] | None = None  # see `_note_rows`
-
-
-class State:
-    """What an attachment is made of and what `detach` must restore. Plain data on the model: it is copied with it."""
-
-    def __init__(
-        self, model: nn.Module, factory: AdapterFactory, sites: tuple[LinearSite, ...], shared: nn.Module | None
-    ) -> None:
-        self.factory = factory
-        self.sites = sites
-        self.shared = shared
-        self.runtime = Runtime(shared=shared)
-        self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.kept: dict[str, Tensor] | None = None
-        self.merged_task: int | None = None
-        # An adapter that was attached on the meta device, until all of them are given values.
-        self.without_values: nn.Module | None = None
-
-
-class Entry(NamedTuple):
-    """What a module whose call begins a forward pass carries: the state, and the names of its positional arguments."""
-
-    state: State
-    call_names: tuple[str, ...]
+from .protocols import Base
+from .sites import LinearSite, Stream
+from .state import ENTRY, SLOT, Entry, Slot, State
 
 
 def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> None:
@@ -109,18 +68,36 @@ def unbind(module: nn.Module) -> None:
         module.forward = slot.inner
 
 
-def _adapted_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _adapted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """What an adapted layer computes. Its input comes first or by name; the frozen layer gets all other arguments."""
+    if not args:
+        args = (kwargs.pop(_input_name(module)),)
+    x, *more = args
     slot: Slot = module.moepeft  # type: ignore[assignment]
     if not slot.context.runtime.enabled or (slot.rows is not None and all(x is not rows for rows in slot.rows)):
-        return _frozen_forward(module, x)
-    output: Tensor = slot.adapter(x, functools.partial(_frozen_forward, module), slot.context)
+        return _frozen_forward(module, x, *more, **kwargs)
+    frozen = functools.partial(_frozen_forward, module)
+    output: Tensor = slot.adapter(x, _with_arguments(frozen, more, kwargs) if more or kwargs else frozen, slot.context)
     return output
 
 
-def _frozen_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _with_arguments(frozen: Callable[..., Tensor], more: Sequence[Any], kwargs: Mapping[str, Any]) -> Base:
+    return lambda x: frozen(x, *more, **kwargs)
+
+
+def _frozen_forward(module: nn.Module, x: Tensor, *more: Any, **kwargs: Any) -> Tensor:
     slot: Slot = module.moepeft  # type: ignore[assignment]
-    output: Tensor = type(module).forward(module, x) if slot.inner is None else slot.inner(x)
+    if slot.inner is not None:
+        output: Tensor = slot.inner(x, *more, **kwargs)
+    else:
+        output = type(module).forward(module, x, *more, **kwargs)
     return output
+
+
+def _input_name(module: nn.Module) -> str:
+    """The name of the first argument of the layer's own forward, e.g. ``input``."""
+    _, first, *_ = inspect.signature(type(module).forward).parameters
+    return first
 
 
 def _before_forward(
@@ -138,7 +115,9 @@ def _before_forward(
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     task_ids = kwargs.pop("task_ids", None)
     if task_ids is not None:
-        task_ids = checked_ids(state, task_ids, call)
+        tensors = (value for value in call.values() if isinstance(value, Tensor))
+        beside = next(tensors, None)
+        task_ids = checked_ids(state, task_ids, None if beside is None else beside.device)
     masks: dict[Stream, Tensor | None] = {
         "encoder": call.get("attention_mask"),
         "decoder": _decoder_mask(call),
@@ -200,8 +179,8 @@ def _remove_hooks(module: nn.Module) -> None:
 _HOOKS = (_before_forward, _after_forward, _note_rows, _forget_rows)
 
 
-def checked_ids(state: State, task_ids: Any, call: Mapping[str, Any]) -> Tensor:
-    """The ids as a tensor beside the call's inputs. Values are looked at on the CPU only: a GPU would have to wait."""
+def checked_ids(state: State, task_ids: Any, device: torch.device | None) -> Tensor:
+    """The ids as a tensor on `device`. Values are looked at on the CPU only: a GPU would have to wait."""
     ids = torch.as_tensor(task_ids, dtype=torch.long)
     if ids.dim() == 0:
         ids = ids.reshape(1)
@@ -220,8 +199,7 @@ def checked_ids(state: State, task_ids: Any, call: Mapping[str, Any]) -> Tensor:
                 f"task {state.merged_task} is merged into the weights, got task_ids between {low} and {high}: "
                 "call unmerge() to serve other tasks"
             )
-    inputs = [value for value in call.values() if isinstance(value, Tensor)]
-    return ids.to(inputs[0].device) if inputs else ids
+    return ids if device is None else ids.to(device)
 
 
 def _decoder_mask(call: Mapping[str, Any]) -> Tensor | None:

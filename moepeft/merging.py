@@ -2,72 +2,70 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from .errors import MissingRouting, NotMergeable
 from .hooks import bind, position_readers, unbind
-from .protocols import LinearSite, Mergeable
+from .protocols import Mergeable
+from .sites import LinearSite
+from .state import State
 
-if TYPE_CHECKING:
-    from .attach import Attachment
 
-
-def merge(attachment: Attachment, task: int | None) -> dict[str, Tensor]:
-    """Add every site's update to its weight. Returns the weights as they were; on an error nothing has changed."""
-    check(attachment, task)
-    merged = {site.name: _merged_weight(attachment, site, task) for site in attachment.sites}
+def merge(state: State, task: int | None) -> None:
+    """Add every site's update to its weight and keep the weights as they were; on an error nothing has changed."""
+    check(state, task)
+    merged = {site.name: _merged_weight(state, site, task) for site in state.sites}
     kept = {}
-    for site in attachment.sites:
-        weight = _weight(attachment.module(site), site)
+    for site in state.sites:
+        weight = _weight(state.layer(site), site)
         kept[site.name] = weight.detach().clone()
         with torch.no_grad():
             weight.copy_(merged[site.name])
-        unbind(attachment.module(site))  # the layer runs as the bare model's does, at its speed
-    return kept
+        unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
+    state.kept, state.merged_task = kept, task
 
 
-def unmerge(attachment: Attachment, kept: dict[str, Tensor] | None) -> None:
+def unmerge(state: State) -> None:
     """Undo `merge`."""
-    if kept is None:
+    if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
-    for site in attachment.sites:
-        module = attachment.module(site)
+    for site in state.sites:
+        module = state.layer(site)
         with torch.no_grad():
-            _weight(module, site).copy_(kept[site.name])
+            _weight(module, site).copy_(state.kept[site.name])
         bind(module)
+    state.kept = state.merged_task = None
 
 
-def check(attachment: Attachment, task: int | None) -> None:
+def check(state: State, task: int | None) -> None:
     """Whether the update for `task` is a fixed change of the weights, and `task` given where it must be.
 
     Raises:
         NotMergeable: it is not; says why.
         MissingRouting: `task` is missing, or given to a method that knows no tasks.
     """
-    capabilities = attachment.factory.capabilities
-    if attachment.merged:
+    capabilities = state.factory.capabilities
+    if state.merged:
         raise NotMergeable("the adapters are merged already: call unmerge() first")
     if capabilities.not_mergeable is not None:
-        raise NotMergeable(f"{attachment.factory.name} cannot be merged: {capabilities.not_mergeable}")
-    if capabilities.routing == "task" and position_readers(attachment.model, attachment.sites):
+        raise NotMergeable(f"{state.factory.name} cannot be merged: {capabilities.not_mergeable}")
+    if capabilities.routing == "task" and position_readers(state.model, state.sites):
         raise NotMergeable(
             "the adapted projections also read a table of relative positions (DeBERTa), which a task's update leaves "
             "frozen: a merged weight would change it. Leave the query and key projections out of `sites` to merge"
         )
     by_task = capabilities.routing == "task"
     if by_task and task is None:
-        raise MissingRouting(f"{attachment.factory.name} has one update per task: call merge(task=...)")
+        raise MissingRouting(f"{state.factory.name} has one update per task: call merge(task=...)")
     if not by_task and task is not None:
-        raise MissingRouting(f"{attachment.factory.name} has the same update for all tasks: call merge() without task")
+        raise MissingRouting(f"{state.factory.name} has the same update for all tasks: call merge() without task")
 
 
-def _merged_weight(attachment: Attachment, site: LinearSite, task: int | None) -> Tensor:
-    module = attachment.module(site)
+def _merged_weight(state: State, site: LinearSite, task: int | None) -> Tensor:
+    module = state.layer(site)
     weight = _weight(module, site)
-    adapter = attachment.adapters[site.name]
+    adapter = state.adapters[site.name]
     assert isinstance(adapter, Mergeable), f"{type(adapter).__name__} says it merges but has no delta_weight"
     with torch.no_grad():
         delta = adapter.delta_weight(task)

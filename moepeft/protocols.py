@@ -10,42 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .context import SiteContext
+from .context import SiteContext
+from .sites import LinearSite, Role, Stream
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down", "other"]
-Stream = Literal["encoder", "decoder"]
+__all__ = [
+    "Adapter",
+    "AdapterFactory",
+    "Base",
+    "Capabilities",
+    "LinearSite",
+    "LoRAShaped",
+    "Mergeable",
+    "Role",
+    "Routing",
+    "Stream",
+]
+
 Routing = Literal["none", "task", "token", "batch"]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearSite:
-    """A frozen linear layer that can carry an adapter.
-
-    Attributes:
-        name: dotted path of the module in the model.
-        in_features: width of the layer's input.
-        out_features: width of its output.
-        role: what the layer does; ``other`` when its name and shape say nothing.
-        stream: whose padding mask applies to its input; cross-attention keys and values read the encoder.
-        layer: index of the repeated block it stands in, None outside of one.
-        block: name of the feed-forward network it is part of (roles gate, up, down), None elsewhere.
-        stack: where it stands: cross-attention keys and values stand in the decoder, though they read the encoder.
-            ``encoder`` in a model that has one stack only.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    role: Role = "other"
-    stream: Stream = "encoder"
-    layer: int | None = None
-    block: str | None = None
-    stack: Stream = "encoder"
 
 
 class Base(Protocol):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,58 +17,50 @@ from .protocols import AdapterFactory
 from .registry import from_config
 from .shards import whole
 from .sites import find_sites
-
-if TYPE_CHECKING:
-    from .attach import Attachment
+from .state import State
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 _KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites", "tensors"}
 
 
-def save(attachment: Attachment, folder: Path) -> None:
+def save(state: State, folder: Path) -> None:
     """Write an attachment's weights and description."""
-    text = json.dumps(_description(attachment), indent=1) + "\n"
-    state = {name: whole(value) for name, value in attachment.state_dict().items()}
+    text = json.dumps(_description(state), indent=1) + "\n"
+    values = {name: whole(value) for name, value in state.values().items()}
     path = folder / CONFIG
     # Both are written before either takes its place; the weights do so first, so that no description is there without.
     with replacing(path) as description, replacing(folder / WEIGHTS) as weights:
         description.write_text(text, "utf-8")
-        write_tensors(weights, state)
+        write_tensors(weights, values)
         if path.is_file() and path.read_bytes() != text.encode():
             # Stopped from here on, other adapters' description must not stand beside weights of the same shapes.
             path.unlink()
 
 
-def _description(attachment: Attachment) -> dict[str, Any]:
+def _description(state: State) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "moepeft_version": version("moepeft"),
-        "method": attachment.factory.name,
-        "config": dataclasses.asdict(attachment.factory),  # type: ignore[call-overload]
-        "base": _base(attachment.model),
+        "method": state.factory.name,
+        "config": dataclasses.asdict(state.factory),  # type: ignore[call-overload]
+        "base": _base(state.model),
         "sites": [
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
-            for site in attachment.sites
+            for site in state.sites
         ],
-        "tensors": {name: list(value.shape) for name, value in attachment.state_dict().items()},
+        "tensors": {name: list(value.shape) for name, value in state.values().items()},
     }
 
 
-def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Attachment:
-    """Attach the adapters saved in `folder` to `model`.
-
-    Args:
-        model: the base model, bare, of the architecture the adapters were made for.
-        folder: where `Attachment.save` wrote.
-        any_base: accept a base with another id or revision, of the same architecture.
+def read(
+    model: nn.Module, folder: Path, *, any_base: bool = False
+) -> tuple[AdapterFactory, list[str], dict[str, Tensor]]:
+    """The method's configuration, the names of its sites and the adapters' values, checked against `model`.
 
     Raises:
-        AdapterFileError: anything is wrong with the files or they are for another model; `model` is untouched.
+        AdapterFileError: anything is wrong with the files or they are for another model.
     """
-    from .attach import attach
-
-    folder = Path(folder)
     description = _read_description(folder)
     factory = _factory(description, folder)
     _check_base(model, description["base"], folder, any_base=any_base)
@@ -78,30 +70,22 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
     shapes = {name: list(value.shape) for name, value in own.items()}
     if shapes != description["tensors"]:
         raise AdapterFileError(f"{folder}: {_difference(shapes, description['tensors'])}")
-    state = _read_weights(folder, own)
-
-    attachment = attach(model, factory, sites=lambda site: site.name in wanted)
-    try:
-        attachment.load_state_dict(state)
-    except BaseException:
-        attachment.detach()
-        raise
-    return attachment
+    return factory, wanted, _read_weights(folder, own)
 
 
-def restore(attachment: Attachment, folder: Path) -> None:
+def restore(state: State, folder: Path) -> None:
     """Read what `save` wrote into adapters of the same method, configuration and sites; see `Attachment.restore`."""
     description = _read_description(folder)
-    own = _description(attachment)
+    own = _description(state)
     for key in ("method", "config", "sites", "tensors"):
         # Through JSON, so that a tuple equals the list that was written.
         if description[key] != json.loads(json.dumps(own[key])):
             raise AdapterFileError(
-                f"{folder} holds adapters with another {key} than the model's {attachment.factory}: "
+                f"{folder} holds adapters with another {key} than the model's {state.factory}: "
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
-    _check_base(attachment.model, description["base"], folder, any_base=False)
-    attachment.load_state_dict(_read_weights(folder, attachment.state_dict()))
+    _check_base(state.model, description["base"], folder, any_base=False)
+    state.load_values(_read_weights(folder, state.values()))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -10,13 +10,43 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 
 from .errors import NoMatchingSite
-from .protocols import LinearSite, Role, Stream
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down", "other"]
+Stream = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """A frozen linear layer that can carry an adapter.
+
+    Attributes:
+        name: dotted path of the module in the model.
+        in_features: width of the layer's input.
+        out_features: width of its output.
+        role: what the layer does; ``other`` when its name and shape say nothing.
+        stream: whose padding mask applies to its input; cross-attention keys and values read the encoder.
+        layer: index of the repeated block it stands in, None outside of one.
+        block: name of the feed-forward network it is part of (roles gate, up, down), None elsewhere.
+        stack: where it stands: cross-attention keys and values stand in the decoder, though they read the encoder.
+            ``encoder`` in a model that has one stack only.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    role: Role = "other"
+    stream: Stream = "encoder"
+    layer: int | None = None
+    block: str | None = None
+    stack: Stream = "encoder"
+
 
 SitePattern = str | Iterable[str] | Callable[[LinearSite], bool]
 

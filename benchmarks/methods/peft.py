@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from moepeft.bridges.peft_checkpoints import fan_in_fan_out, import_peft, target_modules
 from moepeft.counting import ParameterCount
 from moepeft.errors import AlreadyAttached, UnknownMethod, Unsupported, did_you_mean
-from moepeft.hooks import SLOT
 from moepeft.protocols import LinearSite
 from moepeft.sites import SitePattern, find_sites, select_sites
+from moepeft.state import SLOT
 
 # Name -> configuration class and the options that make it that method.
 BASELINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

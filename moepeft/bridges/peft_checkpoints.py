@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moepeft import merging as merge
+from moepeft import merging
 from moepeft.attach import Attachment, attach
 from moepeft.errors import AdapterFileError, MoepeftError, Unsupported
 from moepeft.files import check_values, read_json, read_tensors, replacing, write_tensors
@@ -58,7 +58,7 @@ def export_lora(attachment: Attachment, folder: str | Path, *, task: int | None 
         Unsupported: the update is a fixed change of the weights but not of LoRA's shape.
     """
     peft = import_peft()
-    merge.check(attachment, task)
+    merging.check(attachment.state, task)
     factors, scales = {}, set()
     with torch.no_grad():
         for site in attachment.sites:

@@ -22,11 +22,10 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from moepeft import saving as io
-from moepeft.attach import Attachment, attachment
+from moepeft.attach import Attachment, attachment, load
 from moepeft.errors import AdapterFileError, Unsupported
 from moepeft.files import check_values, read_tensors, replacing, write_tensors
-from moepeft.hooks import SLOT
+from moepeft.state import SLOT
 
 if TYPE_CHECKING:  # the mixin stands before a Trainer: its super() is one
     from transformers import Trainer as _Base
@@ -179,7 +178,7 @@ def load_adapted(model: nn.Module, folder: str | Path) -> Attachment:
         AdapterFileError: anything is wrong with the files, or they are for another model; `model` is untouched.
     """
     saved = _read_others(model, folder)
-    adapters = io.load(model, folder)
+    adapters = load(model, folder)
     parameters = dict(model.named_parameters())
     for name in saved:
         parameters[name].requires_grad_(True)

@@ -1,0 +1,244 @@
+"""`Attachment`: the handle on a model's adapters. A facade: the work is done by functions that take its `State`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import building, merging, saving
+from .context import Runtime
+from .counting import ParameterCount, count_parameters
+from .errors import AuxLossDetached, Unsupported
+from .hooks import checked_ids, remove
+from .protocols import AdapterFactory
+from .sites import LinearSite
+from .state import ENTRY, Entry, State
+
+
+class Attachment:
+    """Handle on the adapters of one model. Made by `attach`, `load`, and `attachment` for a copied model.
+
+    Attributes:
+        model: the adapted model. All state lives in it; the handle has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def state(self) -> State:
+        """What the attachment is made of."""
+        entry: Entry = getattr(self.model, ENTRY)
+        return entry.state
+
+    @property
+    def factory(self) -> AdapterFactory:
+        """The method's configuration."""
+        return self.state.factory
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """The adapted layers, in registration order."""
+        return self.state.sites
+
+    # ------------------------------------------------------------------ parameters
+
+    @property
+    def runtime(self) -> Runtime:
+        """State of the current forward pass."""
+        return self.state.runtime
+
+    @property
+    def shared(self) -> nn.Module | None:
+        """The module all sites own together, if the method has one."""
+        return self.state.shared
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]:
+        """The adapter of every site, by site name."""
+        return self.state.adapters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable adapter parameters; shared ones first, each once, under the names `save` uses."""
+        return ((name, parameter) for name, parameter in self.state.named_parameters() if parameter.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Trainable adapter parameters, for the optimiser."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything the adapters hold, buffers included, under names free of the model's own."""
+        return self.state.values()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` gave. Names and shapes must agree exactly (`moepeft.load` checks them first)."""
+        self.state.load_values(state)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the adapters anew and in place, as `attach` did: parameters, buffers and constants.
+
+        A model made on the meta device needs it once `to_empty` has given it memory, before values are loaded.
+
+        Raises:
+            Unsupported: an adapted layer is on the meta device still.
+        """
+        building.reset(self.state)
+
+    def parameter_count(self) -> ParameterCount:
+        """Trainable numbers, measured on the modules and by the method's closed form."""
+        return count_parameters(self.state)
+
+    def summary(self) -> str:
+        """A few lines for a person: method, sites by role, parameters."""
+        roles = {site.role: 0 for site in self.sites}
+        for site in self.sites:
+            roles[site.role] += 1
+        count = self.parameter_count()
+        share = count.total / max(count.base, 1)
+        return (
+            f"{self.factory}\n"
+            f"{len(self.sites)} sites: {', '.join(f'{role} x {number}' for role, number in roles.items())}\n"
+            f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
+            f"{share:.2%} of {count.base:,} frozen ones"
+        )
+
+    # ------------------------------------------------------------------ losses and routing
+
+    def aux_losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward by name, coefficients included.
+
+        Raises:
+            AuxLossDetached: the model trains but a loss has no gradient, as under reentrant checkpointing.
+        """
+        return {name: _combined(self.state, name, terms) for name, terms in self.runtime.losses.items()}
+
+    def aux_loss(self) -> Tensor:
+        """Sum of `aux_losses`, to be added to the task loss; a zero without graph when the method has none."""
+        losses = self.aux_losses()
+        if losses:
+            return torch.stack(list(losses.values())).sum()
+        return torch.zeros((), device=self.state.device)
+
+    @contextmanager
+    def route(self, *, task_ids: Tensor | list[int] | int) -> Iterator[None]:
+        """Route every call inside by these ids; for `generate`, whose keywords are fixed.
+
+        Args:
+            task_ids: one id per row, or a single one for all rows.
+        """
+        ids = checked_ids(self.state, task_ids, self.state.device)
+        before, self.runtime.routed = self.runtime.routed, ids
+        try:
+            yield
+        finally:
+            self.runtime.routed = before
+
+    def synchronise(self, wanted: bool = True) -> None:
+        """Let data-parallel processes train as one process with their joint batch.
+
+        Without it a balance loss (MixLoRA) and routing by batch (TuckA) see the rows of their own process only: the
+        gradients are the mean over the processes' batches, as with accumulation. With it every training forward
+        exchanges some numbers between the processes, so all must make the same number of them; evaluation does not.
+        """
+        self.runtime.synchronised = wanted
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes bit for bit what it computes without adapters."""
+        before, self.runtime.enabled = self.runtime.enabled, False
+        try:
+            yield
+        finally:
+            self.runtime.enabled = before
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Collect routing statistics: site name -> name -> tensor of the last forward inside."""
+        self.runtime.recording, self.runtime.stats = True, {}
+        try:
+            yield self.runtime.stats
+        finally:
+            self.runtime.recording = False
+
+    # ------------------------------------------------------------------ merging, saving, leaving
+
+    def merge(self, *, task: int | None = None) -> None:
+        """Fold the update into the base weights; the adapters rest until `unmerge`.
+
+        Args:
+            task: which task's update; needed by methods that route by task, refused by those that do not.
+
+        Raises:
+            NotMergeable: the update depends on the input, a weight is quantised, or the result is not finite.
+        """
+        merging.merge(self.state, task)
+
+    def unmerge(self) -> None:
+        """Put the base weights back, bit for bit, and the adapters to work."""
+        merging.unmerge(self.state)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the base weights at present."""
+        return self.state.merged
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``adapter.safetensors`` and ``adapter.json`` into `folder`, which is made if need be.
+
+        Where parameters are sharded (FSDP) every process must call it: each gathers and writes all of them.
+        """
+        saving.save(self.state, Path(folder))
+
+    def restore(self, folder: str | Path) -> None:
+        """Give the adapters the values that `save` wrote of others of the same method, configuration and sites.
+
+        The modules stay, and so do the optimisers and wrappers that hold their parameters, sharded ones included
+        (FSDP), where every process must call it.
+
+        Raises:
+            AdapterFileError: the files are damaged or for other adapters; nothing was changed.
+        """
+        saving.restore(self.state, Path(folder))
+
+    def detach(self) -> nn.Module:
+        """Take the adapters off; the model is exactly what it was before `attach`."""
+        if self.merged:
+            self.unmerge()
+        trained_before = self.state.trained_before
+        remove(self.model, self.sites)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained_before[name])
+        return self.model
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The handle on a model that carries adapters, such as a deep copy or an unpickled one.
+
+    Raises:
+        Unsupported: the model carries none.
+    """
+    if not hasattr(model, ENTRY):
+        raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
+    return Attachment(model)
+
+
+def _combined(state: State, name: str, terms: Mapping[str, Any]) -> Tensor:
+    """One auxiliary loss of the last forward."""
+    value = state.factory.aux_loss(name, [_widened(term) for term in terms.values()])
+    if state.runtime.grad_expected and not value.requires_grad:
+        raise AuxLossDetached(
+            f"the auxiliary loss {name!r} has no gradient although the model is training: reentrant gradient "
+            "checkpointing drops it. Call model.gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
+    return value
+
+
+def _widened(term: Any) -> Any:
+    return term.float() if isinstance(term, Tensor) and term.dtype.itemsize < 4 else term

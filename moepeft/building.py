@@ -1,0 +1,43 @@
+"""Make a method's modules for chosen sites: first values, and new ones in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .errors import Unsupported
+from .protocols import AdapterFactory
+from .sites import LinearSite
+from .state import State, load_module
+
+
+def build(factory: AdapterFactory, sites: tuple[LinearSite, ...]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """What all sites share, and an adapter for each of them, with first values."""
+    shared = factory.shared(sites)
+    return shared, [factory.build(site, shared) for site in sites]
+
+
+@torch.no_grad()
+def reset(state: State) -> None:
+    """Draw the adapters anew and in place: parameters, buffers and constants.
+
+    Raises:
+        Unsupported: an adapted layer is on the meta device still.
+    """
+    home = next(state.layer(state.sites[0]).parameters()).device
+    if home.type == "meta":
+        raise Unsupported("the model is on the meta device: give it memory first, by model.to_empty(device=...)")
+    shared, built = build(state.factory, state.sites)
+    for (_, module), drawn in zip(state.modules(), [*([] if shared is None else [shared]), *built], strict=True):
+        if on_meta(module):  # memory was given to the base alone
+            module.to_empty(device=home)
+        load_module(module, drawn.state_dict())
+        constants = dict(drawn.named_buffers())
+        for key, buffer in module.named_buffers():
+            buffer.copy_(constants[key])
+    state.without_values = None
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether the module was made without memory."""
+    return any(parameter.is_meta for parameter in module.parameters())

@@ -1,0 +1,127 @@
+"""What an attachment is made of. All of it lives on the model's modules, so a copy or a pickle takes it along.
+
+A `Slot` stands in every adapted layer. An `Entry` stands on every module whose call begins a forward. Both lead to the
+one `State` of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .context import Runtime, SiteContext
+from .protocols import AdapterFactory
+from .shards import laid_out
+from .sites import LinearSite
+
+SLOT = "moepeft"
+ENTRY = "moepeft_entry"
+
+
+class Slot(nn.Module):
+    """What an adapted layer carries: its adapter, its view of the runtime, the `forward` it had before.
+
+    The first slot also registers the parameters that all sites share. A child of the model itself would be an
+    obvious place, but containers such as `nn.Sequential` call every child they have.
+    """
+
+    def __init__(self, adapter: nn.Module, context: SiteContext, inner: Any, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.context = context
+        self.inner = inner
+        self.shared = shared
+        self.rows: tuple[Tensor, ...] | None = None  # see `moepeft.hooks`
+
+
+class State:
+    """What an attachment is made of and what `detach` must restore.
+
+    Attributes:
+        model: the adapted model.
+        factory: the method's configuration.
+        sites: the adapted layers, in registration order.
+        shared: the module that all sites own together, if the method has one.
+        runtime: what the forward under way knows.
+        trained_before: name of a parameter of the bare model -> whether it trained.
+        kept: site name -> the weight before `merge`; None unless merged.
+        merged_task: the task whose update is merged.
+        without_values: an adapter that was attached on the meta device, until all of them are given values.
+    """
+
+    def __init__(
+        self, model: nn.Module, factory: AdapterFactory, sites: tuple[LinearSite, ...], shared: nn.Module | None
+    ) -> None:
+        self.model = model
+        self.factory = factory
+        self.sites = sites
+        self.shared = shared
+        self.runtime = Runtime()
+        self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.kept: dict[str, Tensor] | None = None
+        self.merged_task: int | None = None
+        self.without_values: nn.Module | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is folded into the base weights at present."""
+        return self.kept is not None
+
+    @property
+    def adapters(self) -> Mapping[str, nn.Module]:
+        """The adapter of every site, by site name."""
+        return {site.name: self.slot(site).adapter for site in self.sites}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters' parameters are."""
+        return next(parameter.device for _, parameter in self.named_parameters())
+
+    def layer(self, site: LinearSite) -> nn.Module:
+        """The frozen layer of a site."""
+        return self.model.get_submodule(site.name)
+
+    def slot(self, site: LinearSite) -> Slot:
+        """What a site's layer carries."""
+        slot = getattr(self.layer(site), SLOT)
+        assert isinstance(slot, Slot)
+        return slot
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The module that all sites share, if there is one, and every adapter, under the names that files use."""
+        if self.shared is not None:
+            yield "shared", self.shared
+        for site in self.sites:
+            yield f"sites.{site.name}", self.slot(site).adapter
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of the adapters, frozen ones included; shared ones first, each once."""
+        for name, module in self.modules():
+            for key, parameter in module.named_parameters():
+                yield f"{name}.{key}", parameter
+
+    def values(self) -> dict[str, Tensor]:
+        """Everything the adapters hold, buffers included, under names free of the model's own."""
+        return {f"{name}.{key}": value for name, module in self.modules() for key, value in module.state_dict().items()}
+
+    def load_values(self, values: Mapping[str, Tensor]) -> None:
+        """Load what `values` gave. Names and shapes must agree exactly."""
+        for name, module in self.modules():
+            prefix = f"{name}."
+            load_module(module, {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)})
+
+
+class Entry(NamedTuple):
+    """What a module whose call begins a forward pass carries: the state, and the names of its positional arguments."""
+
+    state: State
+    call_names: tuple[str, ...]
+
+
+def load_module(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """`load_state_dict`, onto shards too."""
+    own = module.state_dict()
+    module.load_state_dict({key: laid_out(value, own.get(key, value)) for key, value in values.items()}, strict=True)
