@@ -1,0 +1,211 @@
+"""Students: a method on the teacher's host, trained on the teacher's answers, and how much of them it explains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import moepeft
+from benchmarks.mechanisms.teachers import FeedForward, Teacher
+from moepeft import AdapterFactory, Attachment
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is taught and how: everything but the method, its rate and the seed.
+
+    Attributes:
+        steps: of AdamW without decay.
+        warmup: steps over which the rate rises; the rate is constant afterwards.
+        rows: per step, of tasks drawn at random.
+        positions: of a row.
+        clip_norm: bound of the gradient norm.
+        average: decay of the moving average of the weights that is examined.
+        exams: steps after which the student is examined; the last one is `steps`.
+        exam_rows: per task.
+    """
+
+    steps: int = 600
+    warmup: int = 50
+    rows: int = 64
+    positions: int = 4
+    clip_norm: float = 1.0
+    average: float = 0.98
+    exams: tuple[int, ...] = (100, 200, 400, 600)
+    exam_rows: int = 256
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a student came to.
+
+    Attributes:
+        parameters: trainable numbers.
+        curve: by number of steps, the explained share (R2) of every task.
+        swapped: (T, T) R2 of task row's answers under task column's id, after the last step.
+        diverged: the loss or a gradient was not finite; the curve ends before that.
+    """
+
+    parameters: int
+    curve: dict[int, tuple[float, ...]]
+    swapped: Tensor
+    diverged: bool = False
+
+
+class Divergence(RuntimeError):
+    """A loss or a gradient is not finite."""
+
+
+def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: float, seed: int) -> Report:
+    """Train one student and examine it.
+
+    Args:
+        teacher: with the tasks.
+        factory: of the method, configured for as many tasks.
+        lesson: how it is trained.
+        rate: of AdamW.
+        seed: of the adapters, the inputs and the tasks' order.
+    """
+    torch.manual_seed(seed)
+    host = copy.deepcopy(teacher.host)
+    adapters = moepeft.attach(host, factory)
+    averaged = _Average(adapters, lesson.average)
+    parameters = sum(parameter.numel() for parameter in adapters.parameters())
+    curve: dict[int, tuple[float, ...]] = {}
+    swapped = torch.full((teacher.tasks, teacher.tasks), float("nan"))
+    diverged = False
+    try:
+        for step in _steps(teacher, host, adapters, lesson, rate, seed):
+            averaged.update()
+            if step in lesson.exams or step == lesson.steps:
+                with averaged.applied():
+                    curve[step] = tuple(examine(teacher, host, lesson).tolist())
+                    if step == lesson.steps:
+                        swapped = examine_swapped(teacher, host, lesson)
+    except Divergence:
+        diverged = True
+    return Report(parameters, curve, swapped, diverged)
+
+
+def _steps(
+    teacher: Teacher, host: nn.Module, adapters: Attachment, lesson: Lesson, rate: float, seed: int
+) -> Iterator[int]:
+    """Train, step by step; gives the number of steps made."""
+    trained = list(adapters.parameters())
+    optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / lesson.warmup))
+    draw = torch.Generator().manual_seed(seed)
+    host.train()
+    for step in range(1, lesson.steps + 1):
+        x = torch.randn(lesson.rows, lesson.positions, _width(teacher), generator=draw)
+        tasks = torch.randint(teacher.tasks, (lesson.rows,), generator=draw)
+        error = (host(x, task_ids=tasks) - teacher.answer(x, tasks)).square().mean()
+        (error + adapters.aux_loss()).backward()
+        norm = nn.utils.clip_grad_norm_(trained, lesson.clip_norm)
+        if not (torch.isfinite(error) and torch.isfinite(norm)):
+            raise Divergence
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+        yield step
+        host.train()
+
+
+class _Average:
+    """Exponential moving average of what trains: every step is then a valid end of a run at a constant rate."""
+
+    def __init__(self, adapters: Attachment, decay: float) -> None:
+        self._trained = list(adapters.parameters())
+        self._mean = [parameter.detach().clone() for parameter in self._trained]
+        self._decay, self._steps = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._steps += 1
+        # Early averages forget the start faster: the mean of few steps must not hold the first values.
+        decay = min(self._decay, (self._steps - 1) / (self._steps + 9))
+        torch._foreach_lerp_(self._mean, [parameter.detach() for parameter in self._trained], 1 - decay)
+
+    def applied(self) -> _Applied:
+        return _Applied(self._trained, self._mean)
+
+
+class _Applied:
+    """Inside, the parameters hold their averages."""
+
+    def __init__(self, trained: Sequence[nn.Parameter], mean: Sequence[Tensor]) -> None:
+        self._trained, self._mean = trained, mean
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self._kept = [parameter.detach().clone() for parameter in self._trained]
+        for parameter, mean in zip(self._trained, self._mean, strict=True):
+            parameter.copy_(mean)
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for parameter, kept in zip(self._trained, self._kept, strict=True):
+            parameter.copy_(kept)
+
+
+# ---------------------------------------------------------------------- exams
+
+
+def examine(teacher: Teacher, host: nn.Module, lesson: Lesson) -> Tensor:
+    """R2 of every task: the share of the update's effect that the student explains; 1 is all, 0 the bare host's."""
+    return torch.diagonal(examine_swapped(teacher, host, lesson, own_only=True))
+
+
+@torch.no_grad()
+def examine_swapped(teacher: Teacher, host: nn.Module, lesson: Lesson, *, own_only: bool = False) -> Tensor:
+    """(T, T): R2 of the answers of the row's task when the student is told the column's id.
+
+    Args:
+        teacher: whose answers are right.
+        host: the student.
+        lesson: how many rows an exam has.
+        own_only: leave everything but the diagonal at NaN.
+    """
+    host.eval()
+    table = torch.full((teacher.tasks, teacher.tasks), float("nan"))
+    x = exam(teacher, lesson)
+    bare = teacher.host(x)
+    for task in range(teacher.tasks):
+        right = teacher.answer(x, torch.full((len(x),), task))
+        effect = (right - bare).square().mean()
+        for told in (task,) if own_only else range(teacher.tasks):
+            given = host(x, task_ids=torch.full((len(x),), told))
+            table[task, told] = 1 - (given - right).square().mean() / effect
+    return table
+
+
+@torch.no_grad()
+def blind_bound(teacher: Teacher, lesson: Lesson) -> float:
+    """The highest mean R2 that any function of the input alone can reach, on the exam's own rows.
+
+    R2 divides each task's squared error by the size of the task's effect. The answer that is best for the mean of
+    these ratios is, at every input, the mean of the tasks' answers, each weighed by one over its effect's size.
+    """
+    x = exam(teacher, lesson)
+    bare = teacher.host(x)
+    answers = torch.stack([teacher.answer(x, torch.full((len(x),), task)) for task in range(teacher.tasks)])
+    effects = (answers - bare).square().flatten(1).mean(dim=1)
+    weights = (1 / effects) / (1 / effects).sum()
+    errors = (torch.einsum("t,t...->...", weights, answers) - answers).square().flatten(1).mean(dim=1)
+    return float((1 - errors / effects).mean())
+
+
+def exam(teacher: Teacher, lesson: Lesson) -> Tensor:
+    """The inputs of an exam: the same for all students and seeds, and never seen in training."""
+    draw = torch.Generator().manual_seed(2**31 - 1)
+    return torch.randn(lesson.exam_rows, lesson.positions, _width(teacher), generator=draw)
+
+
+def _width(teacher: Teacher) -> int:
+    host: FeedForward = teacher.host
+    return host.up_proj.in_features
