@@ -262,7 +262,7 @@ def _conclude(part: _Part, run: _Run, *, complete: bool) -> int:
     """Print the tables, verify the budgets, choose the exit code."""
     from benchmarks.cells.cell import budget_differences
     from benchmarks.plan.trials import trial_store
-    from benchmarks.report import write_report
+    from benchmarks.reporting.build import write_report
 
     store, console = run.store, run.console
     if complete:

@@ -1,9 +1,9 @@
-"""The trials of a tuned run, read from their records: which rate is best, and what fewer trials would have found."""
+"""The trials of a tuned run, read from their records: which rate is best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,25 +81,3 @@ def mean_primary(record: RunRecord) -> float | None:
 
 def _score(score: float | None) -> float:
     return -math.inf if score is None else score
-
-
-# ---------------------------------------------------------------------- expectations
-
-
-def expected_best(scores: Sequence[float], k: int, *, replacement: bool) -> float:
-    """Expected maximum of `k` trials drawn from `scores`: what a search that stops after k of them would find.
-
-    With replacement it is the estimator of Dodge et al. (2019, "Show Your Work", eq. 4); without, the exact mean over
-    all subsets of size k, which ends at the best score.
-
-    Raises:
-        ValueError: `k` is below 1 or, without replacement, above the number of scores.
-    """
-    n = len(scores)
-    if k < 1 or (k > n and not replacement):
-        raise ValueError(f"k={k}: give 1 to {n}, the number of trials")
-    if replacement:
-        weights = [(i / n) ** k - ((i - 1) / n) ** k for i in range(1, n + 1)]
-    else:
-        weights = [math.comb(i - 1, k - 1) / math.comb(n, k) for i in range(1, n + 1)]
-    return math.fsum(weight * score for weight, score in zip(weights, sorted(scores), strict=True))

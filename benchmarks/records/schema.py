@@ -111,9 +111,7 @@ class Memory(_Strict):
     """Peak memory of the timing pass."""
 
     peak_bytes: int | None
-    kind: str = Field(
-        description="what was measured: 'CUDA allocator', 'tensors alive at once', of older records something else"
-    )
+    kind: str = Field(description="what was measured: 'CUDA allocator' or 'tensors alive at once'")
 
 
 class CurvePoint(_Strict):

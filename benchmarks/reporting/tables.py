@@ -23,12 +23,6 @@ TOLERATED_SHARE = 0.05
 
 DISTURBED = "†"
 
-MEMORY_KINDS = {
-    "process resident set": "resident set of the process, with what its earlier cells had freed and it had not given "
-    "back, so that it grows from cell to cell: no comparison between methods"
-}
-"""What old records called it, and what that was."""
-
 
 class InconsistentRecordsError(ValueError):
     """Runs that should agree (parameter counts of one configuration) do not."""
@@ -85,8 +79,6 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
     facts: list[dict[str, Any]] = []
     untimed: list[str] = []
     base = group.row(reference) if reference is not None else None
-    timings = [record.timing for record in group.records if record.timing is not None and record.train_step is not None]
-    in_turn = all(timing.train_over_bare is not None for timing in timings)
     for runs in group.rows:
         timed = [record for record in runs.finished if record.train_step is not None]
         if runs.finished and not timed:
@@ -94,7 +86,7 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
             continue
         fact = _timing_facts(timed)
         if base is not None:
-            fact |= _ratios(fact, _timing_facts(base.finished), base.label, in_turn=in_turn)
+            fact |= _ratios(fact, _timing_facts(base.finished), base.label)
         lines.append(
             {"method": runs.label, **(_timing_cells(fact) if timed else {"train step ms [p10-p90]": runs.failure})}
         )
@@ -105,7 +97,7 @@ def throughput_table(group: Group, reference: str | None = None) -> Table:
         _filled(lines or [{"method": "none timed"}], NOT_AVAILABLE),
         pd.DataFrame(facts or [{"method": "none timed"}]),
         (
-            *_timing_notes(group, in_turn=in_turn),
+            *_timing_notes(group),
             *_disturbance_notes(facts),
             *([f"Without a timing pass: {', '.join(untimed)}."] if untimed else []),
         ),
@@ -150,11 +142,10 @@ def _median(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _ratios(facts: dict[str, Any], base: dict[str, Any], label: str, *, in_turn: bool) -> dict[str, Any]:
+def _ratios(facts: dict[str, Any], base: dict[str, Any], label: str) -> dict[str, Any]:
     ratios = {}
     for phase in PHASES:
-        what = f"{phase}_over_bare" if in_turn else f"{phase}_step_median_seconds"
-        own, other = facts[what], base[what]
+        own, other = facts[f"{phase}_over_bare"], base[f"{phase}_over_bare"]
         ratios[f"{phase}_step_over_{label}"] = own / other if own is not None and other else None
     return ratios
 
@@ -197,7 +188,7 @@ def _disturbance_notes(facts: Sequence[dict[str, Any]]) -> list[str]:
     return [note]
 
 
-def _timing_notes(group: Group, *, in_turn: bool) -> tuple[str, ...]:
+def _timing_notes(group: Group) -> tuple[str, ...]:
     kinds = dict.fromkeys(record.memory.kind for record in group.records if record.memory is not None)
     shape = group.protocol.get("timing")
     shape = f" of {shape['rows']} sequences of {shape['length']} tokens" if isinstance(shape, dict) else ""
@@ -208,13 +199,9 @@ def _timing_notes(group: Group, *, in_turn: bool) -> tuple[str, ...]:
     compared = (
         "Cells are timed minutes apart. Ratios are of steps in units of the bare model's forward, which took turns "
         "with them, so that they hold although a machine's speed drifts."
-        if in_turn
-        else "Cells are timed minutes apart: as a machine's speed drifts, so do the ratios. "
-        "`python -m benchmarks.speed` lets the methods take turns."
     )
-    told = [MEMORY_KINDS.get(kind, kind) for kind in kinds]
-    apples = ", which do not compare with one another" if len(told) > 1 else ""
-    return apart, compared, f"Peak memory of the timing pass: {'; '.join(told) or 'not measured'}{apples}."
+    apples = ", which do not compare with one another" if len(kinds) > 1 else ""
+    return apart, compared, f"Peak memory of the timing pass: {'; '.join(kinds) or 'not measured'}{apples}."
 
 
 def _filled(lines: list[dict[str, str]], gap: str) -> pd.DataFrame:

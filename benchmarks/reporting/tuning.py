@@ -1,4 +1,4 @@
-"""What the trials of a tuned run say: scores by rate, the best rate, and what fewer trials would have found."""
+"""What the trials of a tuned run say: scores by rate, and the best rate."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.plan.trials import OWN_FIELDS, Trials, expected_best, read_trials, trial_store
+from benchmarks.plan.trials import OWN_FIELDS, Trials, read_trials, trial_store
 from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store
 from benchmarks.reporting.comparable import Group
-from benchmarks.reporting.figures.style import (
-    drawing,
-    figure_title,
-    legend_beside,
-    method_styles,
-    new_canvas,
-    svg_bytes,
-)
 from benchmarks.reporting.render import Table
 
 
@@ -70,9 +62,9 @@ def _key(record: RunRecord) -> str:
 
 
 def tuning_tables(group: Group, store: Store) -> list[Table]:
-    """The trials of a group: scores by rate with the best one, and the expected best of fewer trials."""
+    """The trials of a group: scores by rate, with the best rate; no table where nothing was tuned."""
     trials = group_trials(group, store)
-    return [_scores(group, trials), _budget(group, trials)] if trials else []
+    return [_scores(group, trials)] if trials else []
 
 
 def _scores(group: Group, trials: Sequence[Trials]) -> Table:
@@ -115,57 +107,3 @@ def _scores(group: Group, trials: Sequence[Trials]) -> Table:
 def _cell(trials: Trials, rate: float) -> str:
     score = trials.scores[rate]
     return trials.statuses[rate] if score is None else f"{100 * score:z.1f}"
-
-
-def _budget(group: Group, trials: Sequence[Trials]) -> Table:
-    sizes = range(1, len(group.protocol["tuned"]["rates"]) + 1)
-    lines = [
-        {"method": one.method}
-        | {f"k = {k}": f"{100 * expected_best(_known(one), k, replacement=False):z.1f}" for k in sizes}
-        for one in trials
-    ]
-    facts = [
-        {
-            "method": one.method,
-            "k": k,
-            "without_replacement": expected_best(_known(one), k, replacement=False),
-            "with_replacement": expected_best(_known(one), k, replacement=True),
-        }
-        for one in trials
-        for k in sizes
-    ]
-    note = (
-        "Expected best score of k trials drawn from those made, without replacement (the data also hold it with "
-        "replacement: Dodge et al. 2019); a failed trial counts as 0. How much a method depends on being tuned."
-    )
-    return Table(
-        "tuning-budget", f"Expected best of k trials ({group.label})", pd.DataFrame(lines), pd.DataFrame(facts), (note,)
-    )
-
-
-def _known(trials: Trials) -> list[float]:
-    return [0.0 if score is None else score for score in trials.scores.values()]
-
-
-# ---------------------------------------------------------------------- figure
-
-
-def draw_tuning(group: Group, store: Store, description: str = "") -> dict[str, bytes]:
-    """Expected best score against the number of trials, a line per method; nothing where nothing was tuned."""
-    trials = group_trials(group, store)
-    sizes = range(1, len(group.protocol["tuned"]["rates"]) + 1) if trials else range(0)
-    if len(sizes) < 2:
-        return {}
-    styles = method_styles(group)
-    with drawing():
-        canvas = new_canvas()
-        axes = canvas.add_subplot()
-        for one in trials:
-            colour, marker, line = styles[one.method]
-            values = [100 * expected_best(_known(one), k, replacement=False) for k in sizes]
-            axes.plot(sizes, values, color=colour, marker=marker, linestyle=line, linewidth=1.6, label=one.method)
-        axes.set_xticks(list(sizes))
-        axes.set(xlabel="learning rates tried", ylabel="expected best score on the fold, points")
-        axes.set_title(figure_title(group))
-        legend_beside(axes)
-        return {"tuning-budget": svg_bytes(canvas, description)}

@@ -133,18 +133,6 @@ def seeds_to_settle(difference: Difference, band: float = EQUIVALENCE_BAND, comp
     return int(settled[0]) if len(settled) else None
 
 
-def expected_best(values: ArrayLike, k: int) -> float:
-    """Expected best of `k` trials drawn with replacement from those made: a tuning curve is this over k.
-
-    The largest of k draws is at most the i-th smallest of N values with probability (i/N)^k.
-    """
-    if k < 1:
-        raise ValueError(f"the number of trials is {k}, expected at least 1")
-    ordered = np.sort(_finite(values))
-    below = (np.arange(len(ordered) + 1) / len(ordered)) ** k
-    return float(ordered @ np.diff(below))
-
-
 def average_ranks(scores: ArrayLike) -> NDArray[np.float64]:
     """Mean rank of every method, 1 is best, ties share; a missing score (NaN) ranks last.
 

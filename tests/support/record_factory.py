@@ -140,7 +140,8 @@ def _cost(cell: Cell, *, trained: bool) -> dict[str, Any]:
         ),
         "timing": Timing(
             setup_seconds=0.5, train_seconds=100 * step, evaluate_seconds=0.3, train_step=quantiles,
-            inference_step=quantiles, train_tokens_per_second=64 / step, inference_tokens_per_second=64 / step,
+            inference_step=quantiles, train_over_bare=step / 0.005, inference_over_bare=step / 0.005,
+            train_tokens_per_second=64 / step, inference_tokens_per_second=64 / step,
         ),
         "memory": Memory(peak_bytes=200 * 2**20, kind="tensors alive at once"),
         "curve": [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -15,7 +14,6 @@ from sklearn import metrics as sklearn_metrics
 from benchmarks.statistics.intervals import (
     Difference,
     average_ranks,
-    expected_best,
     friedman,
     holm,
     mean_interval,
@@ -170,18 +168,7 @@ def test_seeds_cannot_settle_what_the_examples_leave_open():
     assert seeds_to_settle(measured) is None
 
 
-# ---------------------------------------------------------------------- best of k, ranks
-
-
-def test_expected_best_is_the_mean_over_all_draws():
-    values = [0.3, 0.9, 0.5, 0.5]
-    for k in (1, 2, 3):
-        draws = itertools.product(values, repeat=k)
-        assert expected_best(values, k) == pytest.approx(np.mean([max(draw) for draw in draws]))
-    assert expected_best(values, 1) == pytest.approx(np.mean(values))
-    assert expected_best(values, 200) == pytest.approx(0.9)
-    with pytest.raises(ValueError, match="trials is 0"):
-        expected_best(values, 0)
+# ---------------------------------------------------------------------- ranks
 
 
 def test_ranks_share_ties_and_put_failures_last():

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from benchmarks.cells.cell import budget_differences
 from benchmarks.plan.cells import PlannedCell, expand, parse_methods
 from benchmarks.plan.options import Options, parse_shard, resolve_protocol
-from benchmarks.plan.trials import Trials, expected_best, mean_primary, read_trials, trial_store
+from benchmarks.plan.trials import Trials, mean_primary, read_trials, trial_store
 from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
 from benchmarks.protocols.protocol import Protocol, UsageError
 from benchmarks.records.schema import RunRecord, Score
 from benchmarks.records.store import Store
-from benchmarks.report import build_report
+from benchmarks.reporting.build import build_report
 from benchmarks.reporting.comparable import group_records
 from benchmarks.tasks.base import TaskData, TaskSpec
 from tests.support.record_factory import PROTOCOL, make_record
@@ -176,22 +172,6 @@ def test_a_rate_is_chosen_when_all_trials_of_the_method_have_ended(tmp_path):
     assert chosen_rates(cells, store) == {"head": 1e-3, "lora": 2e-3}
 
 
-# ---------------------------------------------------------------------- expectations
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([-0.3, 0.0, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=5), st.integers(1, 5))
-def test_expected_best_is_the_mean_over_all_draws(scores, k):
-    drawn = [max(draw) for draw in itertools.product(scores, repeat=k)]
-    assert expected_best(scores, k, replacement=True) == pytest.approx(np.mean(drawn), abs=1e-12)
-    if k > len(scores):
-        with pytest.raises(ValueError, match="the number of trials"):
-            expected_best(scores, k, replacement=False)
-        return
-    drawn = [max(draw) for draw in itertools.combinations(scores, k)]
-    assert expected_best(scores, k, replacement=False) == pytest.approx(np.mean(drawn), abs=1e-12)
-
-
 # ---------------------------------------------------------------------- report
 
 
@@ -220,8 +200,8 @@ def write_tuned(root: Path) -> None:
 def test_the_report_shows_the_trials(tmp_path):
     write_tuned(tmp_path)
     report = build_report(tmp_path)
-    assert report.files == build_report(tmp_path).files
-    table = report.files["tables/tuning.md"].decode()
+    assert report.tables == build_report(tmp_path).tables
+    table = report.tables["tables/tuning.md"].decode()
     lines = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
     assert list(lines) == ["method", "head", "alpha", "beta"]
     assert "0.01 (highest tried)" in lines["head"]
@@ -233,18 +213,13 @@ def test_the_report_shows_the_trials(tmp_path):
     shown = [float(cell) for cell in lines["alpha"].split("|")[2:5]]
     assert all(any(score == pytest.approx(100 * mean, abs=0.051) for mean in means) for score in shown)
 
-    budget = report.files["tables/tuning-budget.md"].decode()
-    (alpha,) = [line for line in budget.splitlines() if line.startswith("| alpha")]
-    expected = [100 * expected_best([score / 100 for score in shown], k, replacement=False) for k in (1, 2, 3)]
-    assert [float(cell) for cell in alpha.split("|")[2:5]] == pytest.approx(expected, abs=0.11)
-    assert report.files["figures/tuning-budget.svg"].startswith(b"<?xml")
     assert "tuning" not in build_without_tuning(tmp_path / "plain")
 
 
 def build_without_tuning(root: Path) -> str:
     made, outcomes = make_record("alpha")
     Store(root).put(made, outcomes)
-    return "".join(build_report(root).files)
+    return "".join(build_report(root).tables)
 
 
 def test_a_missing_trial_is_shown_as_missing():

@@ -1,0 +1,157 @@
+"""From the records of one results folder to its tables and figures, and back: does the folder hold them?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.plan.trials import trial_store
+from benchmarks.records.schema import RunRecord
+from benchmarks.records.store import Store, replacing
+from benchmarks.reporting.comparable import Group, group_records
+from benchmarks.reporting.comparison import comparison_table, equivalence_band
+from benchmarks.reporting.figures.figures import draw_figures
+from benchmarks.reporting.footnotes import group_caption, records_hash
+from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
+from benchmarks.reporting.scores import scores_table
+from benchmarks.reporting.tables import parameters_table, throughput_table
+from benchmarks.reporting.tuning import tuning_tables
+
+RESULTS = Path("results")
+COMMAND = "python -m benchmarks.report"
+GENERATED = ("tables", "figures")
+HEADER_BYTES = 2000
+"""The line that says what wrote a file stands within so many bytes of its start."""
+
+
+class NoRecordsError(ValueError):
+    """A folder holds no records to report on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a results folder should hold.
+
+    Attributes:
+        tables: bytes by path relative to the results folder.
+        figures: SVG by path relative to the results folder.
+        markdown: all tables, as printed after a run.
+        scores: the table of scores alone, per protocol.
+    """
+
+    tables: dict[str, bytes]
+    figures: dict[str, bytes]
+    markdown: str
+    scores: str
+
+
+def build_report(root: Path, reference: str | None = None) -> Report:
+    """Render the records under `root` without writing anything.
+
+    Args:
+        root: the results folder.
+        reference: method that scores and step times are compared with; None takes the protocol's own, if it has one.
+    """
+    store = Store(root)
+    records = load_records(root)
+    groups = group_records(records)
+    content = records_hash([*records, *trial_store(root).all()])
+    header = f"Written by `{_command(root, reference)}` from records with SHA-256 {content}"
+    by_group = [(group, _tables(group, store, reference)) for group in groups]
+    files: dict[str, bytes] = {}
+    for name in dict.fromkeys(table.name for _, tables in by_group for table in tables):
+        same_kind = [(group, table) for group, tables in by_group for table in tables if table.name == name]
+        files |= _table_files(name, same_kind, header)
+    figures = {
+        f"figures/{name if len(groups) == 1 else f'{name}-{group.key[:8]}'}.svg": svg
+        for group in groups
+        for name, svg in draw_figures(group, header).items()
+    }
+    parts = [f"## {_relative(root)}\n"]
+    for group, tables in by_group:
+        parts += [to_markdown(table) for table in tables]
+        parts.append("".join(f"- {line}\n" for line in group_caption(group)))
+    scores = "\n".join(to_markdown(table) for _, tables in by_group for table in tables if table.name == "scores")
+    return Report(files, figures, "\n".join(parts), scores)
+
+
+def load_records(root: Path) -> list[RunRecord]:
+    """The records under `root`; raises `NoRecordsError` if there are none."""
+    records = Store(root).all()
+    if not records:
+        folder = Store(root).records_folder
+        raise NoRecordsError(f"there are no records under {folder}; run `python -m benchmarks.run` first")
+    return records
+
+
+def write_report(root: Path, reference: str | None = None) -> str:
+    """Write tables and figures of the records under `root`, and return the Markdown of the tables."""
+    report = build_report(root, reference)
+    write_files(root, report)
+    return report.markdown
+
+
+def write_files(root: Path, report: Report) -> None:
+    """Bring the generated files under `root` to what `report` says; files that say so already are not touched."""
+    for name, content in {**report.tables, **report.figures}.items():
+        path = root / name
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        with replacing(path) as file:
+            file.write(content)
+    for path in _find_stale(root, report):
+        path.unlink(missing_ok=True)  # another run on this folder may have been faster
+
+
+def find_differences(root: Path, report: Report) -> list[Path]:
+    """Tables that are not what the records give, figures that are missing, and files left from other records.
+
+    Figures are not compared: their bytes depend on the versions of matplotlib and of the fonts.
+    """
+    tables = [root / name for name, content in report.tables.items() if _read(root / name) != content]
+    figures = [root / name for name in report.figures if not (root / name).is_file()]
+    return sorted([*tables, *figures, *_find_stale(root, report)])
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _tables(group: Group, store: Store, reference: str | None) -> list[Table]:
+    name = reference or group.protocol.get("reference")
+    tables = [scores_table(group)]
+    if name is not None:
+        compared = comparison_table(group, store.outcomes, name, equivalence_band(group))
+        tables += [] if compared is None else [compared]
+    return [*tables, parameters_table(group), throughput_table(group, name), *tuning_tables(group, store)]
+
+
+def _table_files(name: str, same_kind: Sequence[tuple[Group, Table]], header: str) -> dict[str, bytes]:
+    markdown = [f"<!-- {header} -->\n", *(to_markdown(table, group_caption(group)) for group, table in same_kind)]
+    latex = [f"% {header}\n", *(to_latex(table, group_caption(group)) for group, table in same_kind)]
+    csv = f"# {header}\n" + to_csv([(group.label, table) for group, table in same_kind])
+    return {
+        f"tables/{name}.md": "\n".join(markdown).encode(),
+        f"tables/{name}.csv": csv.encode(),
+        f"tables/{name}.tex": "\n".join(latex).encode(),
+    }
+
+
+def _find_stale(root: Path, report: Report) -> list[Path]:
+    """Files of an earlier report that the records no longer give. Files of other origin are left alone."""
+    present = [path for folder in GENERATED for path in sorted((root / folder).glob("*")) if path.is_file()]
+    wanted = {*report.tables, *report.figures}
+    # A temporary file belongs to another run, which is about to rename it.
+    extra = [path for path in present if path.relative_to(root).as_posix() not in wanted and path.suffix != ".tmp"]
+    return [path for path in extra if COMMAND.encode() in path.read_bytes()[:HEADER_BYTES]]
+
+
+def _relative(root: Path) -> str:
+    """The folder as seen from the project, so that the bytes do not depend on where the report was started."""
+    root = root.resolve()
+    return f"{RESULTS}/{root.name}" if root.parent.name == RESULTS.name else root.name
+
+
+def _command(root: Path, reference: str | None) -> str:
+    return f"{COMMAND} --results {_relative(root)}" + ("" if reference is None else f" --reference {reference}")
