@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cells.train import Trainer, synchronise
+from benchmarks.cells.train import Trainer
 from benchmarks.families import Family
 from benchmarks.families.batch import Batch
+from benchmarks.instruments.clock import Step, interleave, paired_ratio, quantiles
 from benchmarks.instruments.memory import held, memory_kind, peak_above
+from benchmarks.instruments.processor import processor_shares, read_processor
 from benchmarks.protocols.protocol import TimingPlan
 from benchmarks.protocols.seeds import generator
 from benchmarks.records.schema import Memory, Quantiles
 from benchmarks.tasks.base import TaskSpec
 
-_STAT = Path("/proc/stat")
-# The kernel counts in hundredths of a second: a shorter span says nothing.
-_SHORTEST_SPAN = 0.5
-
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Step times, tokens per timed step, peak memory, and who had the processor meanwhile (`ProcessorShares`).
+    """Step times, tokens per timed step, peak memory, and who had the processor meanwhile (`processor_shares`).
 
     Cells are timed minutes apart, and a machine's speed drifts: the bare model's forward, timed in turn with the steps,
     is the unit in which cells compare.
@@ -78,11 +71,11 @@ def measure(
             inference_step()
 
     trainer.model.train()
-    shares = ProcessorShares(device)
+    before = read_processor()
     training, training_over = _time(train_step, bare_forward, plan, device)
     trainer.model.eval()
     inference, inference_over = _time(inference_step, bare_forward, plan, device)
-    disturbance = shares.read()
+    disturbance = processor_shares(before, read_processor()) if device.type == "cpu" else (None, None)
     trainer.model.train()
     memory = Memory(
         peak_bytes=held(_standing(trainer), device) + peak_above(train_step, device), kind=memory_kind(device)
@@ -112,74 +105,12 @@ def timing_batch(
 
 
 def _time(
-    work: Callable[[], None],
-    unit: Callable[[], None],
-    plan: TimingPlan,
-    device: torch.device,
+    work: Callable[[], None], unit: Callable[[], None], plan: TimingPlan, device: torch.device
 ) -> tuple[Quantiles, float]:
-    """Seconds of `work`, and the median over rounds of its time over that of `unit`, run just before it."""
-    for _ in range(plan.warmup):
-        unit()
-        work()
-    synchronise(device)
-    seconds: dict[Callable[[], None], list[float]] = {unit: [], work: []}
-    for _ in range(plan.repeats):
-        for each, spent in seconds.items():
-            start = time.perf_counter()
-            each()
-            synchronise(device)
-            spent.append(time.perf_counter() - start)
-    low, median, high = map(float, np.percentile(seconds[work], (10, 50, 90)))
-    over = float(np.median(np.divide(seconds[work], seconds[unit])))
-    return Quantiles(median=median, p10=low, p90=high, repeats=plan.repeats), over
-
-
-def keep_free_memory(device: torch.device) -> None:
-    """From now on this process keeps the processor's memory that it frees, as torch does with a GPU's.
-
-    Else every large tensor costs page faults or none, as the order of what was freed before it has it: some per cent
-    of a training step, and not the same for two contestants in one process.
-    """
-    if device.type == "cpu":
-        set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-        if set_option is not None:
-            trim_threshold, mmap_max = -1, -4
-            set_option(trim_threshold, 2**31 - 1)
-            set_option(mmap_max, 0)
-
-
-class ProcessorShares:
-    """Since it was made: how much of its threads' time this process ran, and how much of its cores others took."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cpu = device.type == "cpu"
-        self._start = time.perf_counter(), time.process_time(), busy_seconds()
-
-    def read(self) -> tuple[float | None, float | None]:
-        """Own share of wall time x threads, others' share of wall time x cores; None where it is not known.
-
-        Time that another guest of the same host took from a virtual machine counts as the others'.
-        """
-        wall, own = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
-        if not self._on_cpu or wall < _SHORTEST_SPAN:
-            return None, None
-        busy, before = busy_seconds(), self._start[2]
-        others = None
-        if busy is not None and before is not None:
-            others = round(min(1.0, max(0.0, (busy - before - own) / (wall * len(os.sched_getaffinity(0))))), 4)
-        return round(own / (wall * torch.get_num_threads()), 4), others
-
-
-def busy_seconds() -> float | None:
-    """Seconds since boot that the cores of this process were not idle; None where the system does not tell."""
-    if not _STAT.is_file() or not hasattr(os, "sched_getaffinity"):
-        return None
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    ticks = 0
-    for line in _STAT.read_text(encoding="ascii").splitlines():
-        name, *fields = line.split()
-        if name in cores:
-            # proc(5): user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
-            user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
-            ticks += user + nice + system + irq + softirq + steal
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Seconds of `work`, and the median over rounds of its time over that of `unit` in the same round."""
+    steps = [Step("unit", unit), Step("work", work)]
+    timings = interleave(steps, warmup=plan.warmup, repeats=plan.repeats, device=device)
+    for error in timings.failures.values():
+        raise error
+    seconds = timings.seconds["work"]
+    return quantiles(seconds), paired_ratio(seconds, timings.seconds["unit"]).estimate

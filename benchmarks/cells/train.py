@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.cells.order import sorted_within_windows, training_order
 from benchmarks.families import AnyAttachment, Model, family_of
 from benchmarks.families.batch import Batch, Ledger, TokenisedTask
+from benchmarks.instruments.processor import synchronise
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream
 from benchmarks.records.schema import Budget, CurvePoint
@@ -184,9 +185,3 @@ def _raise_if_diverged(first_bad_step: Tensor) -> None:
     step = int(first_bad_step)
     if step:
         raise Diverged(f"a loss or the gradient norm is not finite since step {step}; try a lower --learning-rate")
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

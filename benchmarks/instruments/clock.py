@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 
-from benchmarks.cells.timing_pass import keep_free_memory
-from benchmarks.cells.train import synchronise
+from benchmarks.instruments.processor import keep_free_memory, synchronise
 from benchmarks.protocols.seeds import generator
 from benchmarks.records.schema import Quantiles
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-
-Mark = Callable[[], float]
+CUDA_BURST = 5
+"""Steps that one turn on a GPU covers: the host runs ahead of the device, as in training, and one wait is shared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Step:
 
     Attributes:
         label: names it.
-        run: the work.
-        prepare: what must happen before each run and is not timed.
+        run: the work; a turn may run it several times.
+        prepare: what must happen before each turn and is not timed.
         around: the state in which the work is done; entered before and left after each turn, not timed.
     """
 
@@ -69,7 +69,7 @@ def interleave(steps: Sequence[Step], *, warmup: int, repeats: int, device: torc
     labels = [step.label for step in steps]
     if len(set(labels)) != len(labels):
         raise ValueError(f"steps must have different labels, got {labels}")
-    marks: dict[str, list[Mark]] = {label: [] for label in labels}
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
     failures: dict[str, Exception] = {}
     keep_free_memory(device)
     with collecting_between_rounds():
@@ -79,41 +79,31 @@ def interleave(steps: Sequence[Step], *, warmup: int, repeats: int, device: torc
             for step in (*steps[first:], *steps[:first]):
                 if step.label in failures:
                     continue
-                outcome = _turn(step, device, settle)
+                outcome = _take_turn(step, device, settle)
                 if isinstance(outcome, Exception):
                     failures[step.label] = outcome
                 elif number >= warmup:
-                    marks[step.label].append(outcome)
-        synchronise(device)
-    seconds = {label: [mark() for mark in marks[label]] for label in labels if label not in failures}
-    return Timings(seconds, failures)
+                    seconds[step.label].append(outcome)
+    return Timings({label: seconds[label] for label in labels if label not in failures}, failures)
 
 
-def _turn(step: Step, device: torch.device, settle: int) -> Mark | Exception:
-    """One turn; the error if there is one: a contestant that fails becomes a row that says why."""
+def _take_turn(step: Step, device: torch.device, settle: int) -> float | Exception:
+    """Seconds per step; the error if there is one: a contestant that fails becomes a row that says why."""
+    runs = CUDA_BURST if device.type == "cuda" else 1
     try:
         with step.around():
             for _ in range(settle):
                 step.prepare()
                 step.run()
             step.prepare()
-            return _clocked(step.run, device)
+            synchronise(device)  # what others have queued is theirs
+            begun = time.perf_counter()
+            for _ in range(runs):
+                step.run()
+            synchronise(device)
+            return (time.perf_counter() - begun) / runs
     except Exception as error:
         return error
-
-
-def _clocked(work: Callable[[], object], device: torch.device) -> Mark:
-    if device.type == "cuda":
-        # Read at the very end: waiting after each step would add the launch of its kernels to its time.
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        return lambda: float(start.elapsed_time(end)) / 1e3
-    begun = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - begun
-    return lambda: seconds
 
 
 @contextmanager
@@ -146,7 +136,15 @@ def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> Ratio:
     if len(seconds) != len(reference) or not seconds:
         raise ValueError(f"ratios need the same rounds of both, got {len(seconds)} and {len(reference)} of them")
     ratios = np.asarray(seconds) / np.asarray(reference)
-    draws = generator("speed", "ratio").integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    tails = 100 * np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    low, high = np.percentile(np.median(ratios[draws], axis=1), tails)
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    estimate = float(np.median(ratios))
+    if len(ratios) == 1:
+        return Ratio(estimate, estimate, estimate)
+    found = bootstrap(
+        (ratios,),
+        np.median,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=generator("speed", "ratio"),
+    )
+    return Ratio(estimate, float(found.confidence_interval.low), float(found.confidence_interval.high))

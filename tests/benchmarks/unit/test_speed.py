@@ -7,6 +7,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks.instruments.clock import Step, interleave, paired_ratio, quantiles
+from benchmarks.instruments.clock import CUDA_BURST, Step, interleave, paired_ratio, quantiles
 from benchmarks.protocols.protocol import UsageError
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed.contestants import FROZEN, adapted, frozen, merged, reference, reference_label
@@ -119,10 +121,47 @@ def test_steps_take_turns_and_a_failing_one_is_left_out() -> None:
     assert str(timings.failures["c"]) == "no more"
 
 
-def test_only_the_run_is_timed() -> None:
-    slow = Step("slow", lambda: time.sleep(0.002), prepare=lambda: time.sleep(0.05))
-    timings = interleave([slow], warmup=0, repeats=2, device=CPU, settle=1)
-    assert all(0.002 <= seconds < 0.05 for seconds in timings.seconds["slow"])
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_only_the_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        clock.spend(100)
+        yield
+        clock.spend(100)
+
+    slow = Step("slow", lambda: clock.spend(2), prepare=lambda: clock.spend(50), around=around)
+    assert interleave([slow], warmup=0, repeats=2, device=CPU, settle=1).seconds == {"slow": [2, 2]}
+
+
+def test_a_turn_on_a_gpu_is_several_steps_between_two_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host queues work of 3 s in 1 s; what one contestant leaves in the queue is not the next one's time."""
+    clock, queue = Clock(monkeypatch), [0.0]
+
+    def queue_step(seconds: float) -> None:
+        clock.spend(1)
+        queue[0] = max(queue[0], clock.now) + seconds
+
+    def wait(device: torch.device) -> None:
+        clock.now = max(clock.now, queue[0])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    steps = [Step("a", lambda: queue_step(3)), Step("b", lambda: queue_step(5), prepare=lambda: queue_step(7))]
+    timings = interleave(steps, warmup=1, repeats=2, device=torch.device("cuda"))
+    for label, seconds in (("a", 3), ("b", 5)):
+        # The first step's second on the host is shared by all of a turn.
+        assert timings.seconds[label] == [pytest.approx((1 + CUDA_BURST * seconds) / CUDA_BURST)] * 2
 
 
 def test_equal_labels_are_refused() -> None:
@@ -455,7 +494,7 @@ def test_kept_memory_costs_no_page_faults():
     """In a process of its own: what is set stays set."""
     lines = (
         "import resource, torch",
-        "from benchmarks.cells.timing_pass import keep_free_memory",
+        "from benchmarks.instruments.processor import keep_free_memory",
         "keep_free_memory(torch.device('cpu'))",
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
         "before = faults()",
