@@ -207,8 +207,8 @@ def test_a_method_page_has_every_difference_of_the_release(name: str) -> None:
         shown = f'{field}="{value}"' if isinstance(value, str) else f"{field}={value}"
         assert f"`{shown}`" in page, shown
     assert f"::: {cls.__module__}.{cls.__name__}\n" in page  # the table of hyper-parameters is made from the code
-    assert (ROOT / f"docs/methods/img/{name}.svg").is_file()
-    assert f"](img/{name}.svg)" in page
+    assert all((ROOT / "docs/methods" / picture).is_file() for picture in re.findall(r"\]\((img/[^)]+)\)", page))
+    assert f"]({name}.md)" in (ROOT / "docs/methods/index.md").read_text()
     head = ast.get_docstring(ast.parse(Path(str(sys.modules[cls.__module__].__file__)).read_text())) or ""
     (paper,) = re.findall(r"arXiv\s+(\d{4}\.\d{5}|\d{4}\.\d{4})", head)[:1]
     assert paper in page

@@ -447,6 +447,13 @@ REPLAYERS: dict[str, Callable[[Case], Replay]] = {
 }
 
 
+def replayers() -> Mapping[str, Callable[[Case], Replay]]:
+    """All replayers, by the method that a case names. Those of `relatives` build on this module: imported late."""
+    from tests.golden.relatives import RELATIVES
+
+    return {**REPLAYERS, **RELATIVES}
+
+
 @dataclass(frozen=True)
 class Errors:
     """Largest absolute error by kind, and whether all are within tolerance."""
@@ -459,9 +466,10 @@ class Errors:
 
 def check(case: Case) -> Errors:
     """Replay a case and compare everything it stores."""
-    if case.method not in REPLAYERS:
-        raise CannotReplay(f"no replayer for method {case.method!r}; known: {', '.join(REPLAYERS)}")
-    replay = REPLAYERS[case.method](case)
+    known = replayers()
+    if case.method not in known:
+        raise CannotReplay(f"no replayer for method {case.method!r}; known: {', '.join(known)}")
+    replay = known[case.method](case)
     found = {**replay.values, **replay.gradients()}
     missing = [name for name in case.compared if name not in found]
     if missing or not case.compared:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moepeft
 from moepeft.errors import NotMergeable
+from tests.library.property.relatives import RELATIVES
 from tests.library.property.test_naive import FIELDS, TASKS, Stack, cases, draw_all
 
 LORA = {"rank": st.integers(1, 6), "alpha": st.floats(0.5, 64.0), "rslora": st.booleans()}
@@ -25,7 +26,8 @@ def lora_fields(draw: st.DrawFn) -> dict[str, Any]:
     return draw_all(draw, LORA)
 
 
-FIELDS["lora"] = lora_fields()  # which has no naive twin: it is held to the peft package
+# Those without a naive twin: LoRA is held to the peft package, the relatives to golden vectors.
+FIELDS.update({"lora": lora_fields(), **RELATIVES})
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
