@@ -19,6 +19,7 @@ METHODS: dict[str, str] = {
     "mixlora": "moepeft.methods.mixlora:MixLoRA",
     "tucka": "moepeft.methods.tucka:TuckA",
     "ept": "moepeft.methods.ept:EPT",
+    "moslora": "moepeft.methods.moslora:MoSLoRA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

@@ -59,4 +59,12 @@ def stacked(name: str, number: int) -> str:
     return "|".join(f"{name}.{index}" for index in range(number))
 
 
-RELATIVES: dict[str, Callable[[Case], Replay]] = {}
+def replay_moslora(case: Case) -> Replay:
+    """`moslora__*`."""
+    factory = moepeft.method("moslora@released", rank=case.config["r"], alpha=case.config["alpha"])
+    return replay_layer(case, factory, {"A": "A", "mixer": "mixer", "B": "B"})
+
+
+RELATIVES: dict[str, Callable[[Case], Replay]] = {
+    "moslora": replay_moslora,
+}

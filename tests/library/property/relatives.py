@@ -8,4 +8,6 @@ from hypothesis import strategies as st
 
 counts = st.integers(1, 5)
 
-RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {}
+RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "moslora": st.fixed_dictionaries({"rank": counts, "mixer": st.sampled_from(["kaiming", "orthogonal"])}),
+}
