@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "tucka": "moepeft.methods.tucka:TuckA",
     "ept": "moepeft.methods.ept:EPT",
     "moslora": "moepeft.methods.moslora:MoSLoRA",
+    "hydralora": "moepeft.methods.hydralora:HydraLoRA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

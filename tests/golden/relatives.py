@@ -65,6 +65,14 @@ def replay_moslora(case: Case) -> Replay:
     return replay_layer(case, factory, {"A": "A", "mixer": "mixer", "B": "B"})
 
 
+def replay_hydralora(case: Case) -> Replay:
+    """`hydralora__*`."""
+    c = case.config
+    factory = moepeft.method("hydralora@released", rank=c["r"], alpha=c["alpha"], num_experts=c["num_experts"])
+    return replay_layer(case, factory, {"A": "A", "router": "router", stacked("B", c["num_experts"]): "B"})
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
+    "hydralora": replay_hydralora,
 }

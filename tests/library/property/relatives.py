@@ -10,4 +10,5 @@ counts = st.integers(1, 5)
 
 RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "moslora": st.fixed_dictionaries({"rank": counts, "mixer": st.sampled_from(["kaiming", "orthogonal"])}),
+    "hydralora": st.fixed_dictionaries({"rank": counts, "num_experts": counts}),
 }
