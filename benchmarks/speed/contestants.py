@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 import moepeft
 from benchmarks.protocols.protocol import UsageError
 from benchmarks.speed.hosts import kind_of, sharing_copy, vocabulary_embeddings
+from benchmarks.speed.options import Mode
 from moepeft import Attachment
+from moepeft.errors import NoMatchingSite
+from moepeft.fast import fast_paths
 from moepeft.protocols import AdapterFactory
 from moepeft.sites import select_sites
 
@@ -36,6 +40,7 @@ class Contestant:
         attachment: the adapters, None where they are not this library's.
         trains: whether a training step goes backward.
         merged: its update is folded into the weights while it has its turn.
+        by_definition: it is computed without fast paths.
     """
 
     label: str
@@ -44,7 +49,8 @@ class Contestant:
     parameters: tuple[nn.Parameter, ...] = ()
     attachment: Attachment | None = None
     trains: bool = True
-    merged: bool = field(default=False)
+    merged: bool = False
+    by_definition: bool = False
 
     @property
     def eager(self) -> Contestant:
@@ -59,12 +65,17 @@ class Contestant:
         ids = torch.arange(rows, device=device) % tasks
         return torch.zeros_like(ids) if self.merged else ids
 
-    def turn(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def turn(self) -> Iterator[None]:
         """The state in which it is timed."""
-        return self._merged() if self.merged else nullcontext()
+        with (
+            fast_paths(False) if self.by_definition else nullcontext(),
+            self._merge_meanwhile() if self.merged else nullcontext(),
+        ):
+            yield
 
     @contextmanager
-    def _merged(self) -> Iterator[None]:
+    def _merge_meanwhile(self) -> Iterator[None]:
         # The weights belong to all contestants: merged only during its own turn, they need no second copy.
         assert self.attachment is not None
         self.attachment.merge(task=0 if self.attachment.factory.capabilities.routing == "task" else None)
@@ -115,19 +126,37 @@ def reference_label(rank: int = REFERENCE_RANK) -> str:
     return f"peft {LoraConfig().peft_type.value} r={rank}"
 
 
-def adapted(
-    label: str, host: nn.Module, factory: AdapterFactory, sites: Sequence[str] | None, *, compiled: bool
-) -> Contestant:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method that takes part: its configuration, and whether it is computed without fast paths."""
+
+    factory: AdapterFactory
+    by_definition: bool = False
+
+
+def enter(factories: Mapping[str, AdapterFactory], *, definitions: bool) -> dict[str, Entry]:
+    """The methods by the names of their rows; with `definitions` each is followed by a twin without fast paths."""
+    entries = {}
+    for name, factory in factories.items():
+        entries[name] = Entry(factory)
+        if definitions:
+            entries[f"{name} (definition)"] = Entry(factory, by_definition=True)
+    return entries
+
+
+def adapted(label: str, host: nn.Module, entry: Entry, sites: Sequence[str] | None, *, compiled: bool) -> Contestant:
     """The host with a method's adapters; raises what `moepeft.attach` raises."""
     model = sharing_copy(host)
-    attachment = moepeft.attach(model, factory, sites)
-    return Contestant(label, model, _callable(model, compiled), tuple(attachment.parameters()), attachment)
+    attachment = moepeft.attach(model, entry.factory, sites)
+    parameters = tuple(attachment.parameters())
+    call = _callable(model, compiled)
+    return Contestant(label, model, call, parameters, attachment, by_definition=entry.by_definition)
 
 
 def merged(contestant: Contestant) -> Contestant | None:
-    """The contestant with its update folded into the weights; None for a method that cannot."""
+    """The contestant with its update folded into the weights; None for a method that cannot, and for a twin."""
     attachment = contestant.attachment
-    if attachment is None or attachment.factory.capabilities.not_mergeable is not None:
+    if attachment is None or attachment.factory.capabilities.not_mergeable is not None or contestant.by_definition:
         return None
     return replace(contestant, label=f"{contestant.label} (merged)", merged=True)
 
@@ -141,3 +170,75 @@ def _callable(model: nn.Module, compiled: bool) -> Callable[..., Any]:
     torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
     function: Callable[..., Any] = torch.compile(model)
     return function
+
+
+# ---------------------------------------------------------------------- all of them
+
+Failures = dict[str, Exception]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Lineup:
+    """The contestants in the order of the rows.
+
+    Attributes:
+        forward_only: the bare model without gradients.
+        frozen: the bare model with gradients to its first layer's input.
+        others: the reference, then the methods.
+        with_merged: whether methods that can be merged are timed in that state as well.
+    """
+
+    forward_only: Contestant
+    frozen: Contestant
+    others: tuple[Contestant, ...]
+    with_merged: bool
+
+    def of(self, mode: Mode) -> list[Contestant]:
+        """Who takes part: inference has no gradients, but merged models."""
+        if mode == "train":
+            return [self.forward_only, self.frozen, *self.others]
+        chosen = [replace(self.forward_only, label=FROZEN)]
+        for contestant in self.others:
+            chosen.append(contestant)
+            folded = merged(contestant) if self.with_merged else None
+            chosen += [] if folded is None else [folded]
+        return chosen
+
+
+def line_up(
+    host: nn.Module, entries: Mapping[str, Entry], sites: Sequence[str] | None, *, compiled: bool
+) -> tuple[Lineup, Failures]:
+    """Build everyone on one copy of the weights; a method that cannot be attached is named with its error."""
+    try:  # what is wrong with the sites is wrong with the command, not with a row
+        unit = reference(host, sites, compiled=compiled)
+    except NoMatchingSite as error:
+        raise UsageError(f"--sites: {error}") from error
+    forward_only = frozen(host, compiled=compiled, backward=False)
+    bare = frozen(host, compiled=compiled, backward=True)
+    builders = {name: partial(adapted, name, host, entry, sites, compiled=compiled) for name, entry in entries.items()}
+    methods, failures = build_all(builders)
+    return Lineup(forward_only, bare, (unit, *methods), not compiled), failures
+
+
+def build_all(builders: Mapping[str, Callable[[], Contestant]]) -> tuple[list[Contestant], Failures]:
+    """Build the contestants; one that cannot be built becomes a row that says why."""
+    built, failures = [], {}
+    for label, build in builders.items():
+        made = attempt(build)
+        if isinstance(made, Exception):
+            failures[label] = made
+        else:
+            built.append(made)
+    return built, failures
+
+
+def attempt(work: Callable[[], Made]) -> Made | Exception:
+    """What the work gives, or the error it raised."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return error
+    except Exception as error:
+        return error

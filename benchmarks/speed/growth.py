@@ -6,22 +6,29 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
-from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
 
-from benchmarks.instruments.clock import Step, interleave
-from benchmarks.speed.contestants import FROZEN, REFERENCE_RANK, Contestant, adapted, frozen, reference
+from benchmarks.instruments.clock import Step, Timings, interleave
+from benchmarks.speed.contestants import (
+    FROZEN,
+    REFERENCE_RANK,
+    Contestant,
+    Entry,
+    adapted,
+    build_all,
+    frozen,
+    reference,
+)
 from benchmarks.speed.hosts import FeedForward
-from benchmarks.speed.rows import Row, Schedule, build_all, failed_row, make_steps, row
+from benchmarks.speed.options import Axis
+from benchmarks.speed.rows import Row, Schedule, failed_row, make_steps, row
 from benchmarks.speed.workloads import Workload
+from moepeft.config import sizes, task_number, with_experts, with_tasks
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.protocols import AdapterFactory
 
-Axis = Literal["experts", "rank", "length", "tasks"]
-AXES: tuple[Axis, ...] = get_args(Axis)
 VALUES: Mapping[Axis, tuple[int, ...]] = {
     "experts": (4, 8, 16, 64),
     "rank": (4, 8, 16, 64),
@@ -63,26 +70,19 @@ def scaled(factory: AdapterFactory, axis: Axis, value: int) -> AdapterFactory:
     Raises:
         NotOnAxis: it has no field for that, or refuses the value.
     """
+    try:
+        if axis == "experts":
+            return with_experts(factory, value)
+        if axis == "rank" and "rank" in sizes(factory):
+            changed: AdapterFactory = dataclasses.replace(factory, rank=value)  # type: ignore[type-var]
+            return changed
+        if axis == "tasks" and task_number(factory) is not None:
+            return with_tasks(factory, value)
+    except (ConfigError, Unsupported) as error:
+        raise NotOnAxis(str(error)) from error
     if axis == "length":
         return factory
-    fields = {field.name for field in dataclasses.fields(factory)}  # type: ignore[arg-type]
-    if axis == "experts" and not fields & {"num_experts", "experts"} and "kernels" in fields:
-        # One expert per kernel: the distinct sizes in turn, so that every number of experts has all scales.
-        sizes = dict.fromkeys(getattr(factory, "kernels"))  # noqa: B009 - no attribute of the protocol
-        return _replaced(factory, kernels=tuple(islice(cycle(sizes), value)))
-    names = {"experts": ("num_experts", "experts"), "rank": ("rank",), "tasks": ("num_tasks",)}[axis]
-    for name in names:
-        if name in fields:
-            return _replaced(factory, **{name: value})
-    raise NotOnAxis(f"{factory.name} has no hyper-parameter {' or '.join(names)}")
-
-
-def _replaced(factory: AdapterFactory, **values: Any) -> AdapterFactory:
-    try:
-        changed: AdapterFactory = dataclasses.replace(factory, **values)  # type: ignore[type-var]
-    except ConfigError as error:
-        raise NotOnAxis(str(error)) from error
-    return changed
+    raise NotOnAxis(f"{factory.name} has no number of {axis} to change")
 
 
 def workload_at(workload: Workload, axis: Axis, value: int) -> Workload:
@@ -97,20 +97,27 @@ def workload_at(workload: Workload, axis: Axis, value: int) -> Workload:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """One method at one value."""
+    """One method at one value of an axis; without an entry it is the bare layer or the reference."""
 
     name: str
+    entry: Entry | None
+    axis: Axis
     value: int
 
     @property
     def label(self) -> str:
         return f"{self.name} at {self.value}"
 
+    @property
+    def unit(self) -> str:
+        """Label of the reference at the same value."""
+        return f"{REFERENCE} at {self.value}"
+
 
 def measure_growth(
     axis: Axis,
     host: nn.Module,
-    factories: Mapping[str, AdapterFactory],
+    entries: Mapping[str, Entry],
     workload: Workload,
     schedule: Schedule,
     *,
@@ -121,63 +128,53 @@ def measure_growth(
     Args:
         axis: what grows.
         host: one frozen layer. A method that adapts whole feed-forward networks gets one of the layer's input width.
-        factories: configurations by the names of their rows.
+        entries: the methods by the names of their rows.
         workload: a training step, at the value that the axis does not change.
         schedule: how often.
         compiled: whether to compile what is called.
     """
     weight = next(host.parameters())
     network = FeedForward(weight.shape[1]).to(weight.device, weight.dtype)
-    points = [_Point(name, value) for name in (FROZEN, REFERENCE, *factories) for value in VALUES[axis]]
-    builders = {
-        point.label: partial(_build, point, axis, host, network, factories.get(point.name), compiled=compiled)
-        for point in points
-    }
-    contestants, failures = build_all(builders)
-    steps: dict[str, Step] = {}
+    everyone: dict[str, Entry | None] = {FROZEN: None, REFERENCE: None, **entries}
+    points = [_Point(name, entry, axis, value) for name, entry in everyone.items() for value in VALUES[axis]]
+    built, failures = build_all({point.label: partial(_build, point, host, network, compiled) for point in points})
+    contestants = {contestant.label: contestant for contestant in built}
+    steps: list[Step] = []
     for value in VALUES[axis]:
-        labels = {point.label for point in points if point.value == value}
-        there = [contestant for contestant in contestants if contestant.label in labels]
-        made, failed = make_steps(there, host, workload_at(workload, axis, value))
-        steps.update(made)
+        present = [contestants[point.label] for point in points if point.value == value and point.label in contestants]
+        made, failed = make_steps(present, host, workload_at(workload, axis, value))
+        steps += made.values()
         failures.update(failed)
-    timings = interleave(list(steps.values()), warmup=schedule.warmup, repeats=schedule.repeats, device=weight.device)
+    timings = interleave(steps, warmup=schedule.warmup, repeats=schedule.repeats, device=weight.device)
     timings.failures.update(failures)
-    by_label = {contestant.label: contestant for contestant in contestants}
-    rows: dict[str, dict[int, Row]] = {}
+    rows: dict[str, dict[int, Row]] = {name: {} for name in everyone}
     for point in points:
-        found = by_label.get(point.label)
-        unit = _Point(REFERENCE, point.value).label
-        rows.setdefault(point.name, {})[point.value] = (
-            row(found, timings, unit) if found else failed_row(point.label, timings.failures[point.label])
-        )
+        rows[point.name][point.value] = _point_row(point, contestants.get(point.label), timings)
     return Growth(axis, rows, {name: _exponent(by_value) for name, by_value in rows.items()})
 
 
-def _build(
-    point: _Point, axis: Axis, host: nn.Module, network: nn.Module, factory: AdapterFactory | None, *, compiled: bool
-) -> Contestant:
+def _build(point: _Point, host: nn.Module, network: nn.Module, compiled: bool) -> Contestant:
     if point.name == FROZEN:
         made = frozen(host, compiled=compiled, backward=True)
-    elif factory is None:
-        rank = point.value if axis == "rank" else REFERENCE_RANK
+    elif point.entry is None:
+        rank = point.value if point.axis == "rank" else REFERENCE_RANK
         made = reference(host, None, compiled=compiled, rank=rank)
     else:
-        made = _adapted_somewhere(point.label, scaled(factory, axis, point.value), host, network, compiled)
+        entry = replace(point.entry, factory=scaled(point.entry.factory, point.axis, point.value))
+        try:
+            made = adapted(point.label, host, entry, None, compiled=compiled)
+        except Unsupported:  # the method adapts nothing less than a network
+            made = adapted(point.label, network, entry, None, compiled=compiled)
     made.model.train()
     return replace(made, label=point.label)
 
 
-def _adapted_somewhere(
-    label: str, factory: AdapterFactory, host: nn.Module, network: nn.Module, compiled: bool
-) -> Contestant:
-    """On the single layer, or on the network if the method adapts nothing less."""
-    try:
-        return adapted(label, host, factory, None, compiled=compiled)
-    except Unsupported:
-        return adapted(label, network, factory, None, compiled=compiled)
+def _point_row(point: _Point, contestant: Contestant | None, timings: Timings) -> Row:
+    if contestant is None:
+        return failed_row(point.label, timings.failures[point.label])
+    return row(contestant, timings, point.unit)
 
 
 def _exponent(rows: Mapping[int, Row]) -> float | None:
-    timed = {value: found.quantiles.median for value, found in rows.items() if found.quantiles is not None}
+    timed = {value: one.quantiles.median for value, one in rows.items() if one.quantiles is not None}
     return fit_exponent(list(timed), list(timed.values()))

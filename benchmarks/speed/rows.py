@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
-import torch
 from torch import nn
 
 from benchmarks.instruments.clock import (
@@ -21,7 +19,7 @@ from benchmarks.instruments.clock import (
 )
 from benchmarks.records.failures import one_line, status_of
 from benchmarks.records.schema import Quantiles
-from benchmarks.speed.contestants import FORWARD_ONLY, FROZEN, Contestant
+from benchmarks.speed.contestants import FORWARD_ONLY, FROZEN, Contestant, Failures, attempt
 from benchmarks.speed.costs import Costs, measure_costs
 from benchmarks.speed.hosts import kind_of
 from benchmarks.speed.workloads import Workload, make_step
@@ -73,22 +71,6 @@ class Group:
     rows: tuple[Row, ...]
 
 
-Failures = dict[str, Exception]
-Made = TypeVar("Made")
-
-
-def build_all(builders: Mapping[str, Callable[[], Contestant]]) -> tuple[list[Contestant], Failures]:
-    """Build the contestants; one that cannot be built becomes a row that says why."""
-    built, failures = [], {}
-    for label, build in builders.items():
-        made = _attempt(build)
-        if isinstance(made, Exception):
-            failures[label] = made
-        else:
-            built.append(made)
-    return built, failures
-
-
 def measure_group(
     contestants: Sequence[Contestant],
     host: nn.Module,
@@ -136,7 +118,7 @@ def _all_costs(
         if label not in timings.seconds:
             continue
         eager = make_step(contestant.eager, host, workload, counted=True)
-        counted = _attempt(partial(measure_costs, contestant, steps[label], eager, device))
+        counted = attempt(partial(measure_costs, contestant, steps[label], eager, device))
         if isinstance(counted, Exception):
             failures[label] = counted
         else:
@@ -150,7 +132,7 @@ def make_steps(
     """The steps by label, and the errors of those that cannot start (decoding fills its cache first)."""
     steps, failures = {}, {}
     for contestant in contestants:
-        made = _attempt(partial(make_step, contestant, host, workload))
+        made = attempt(partial(make_step, contestant, host, workload))
         if isinstance(made, Exception):
             failures[contestant.label] = made
         else:
@@ -204,14 +186,3 @@ def failed_row(label: str, error: Exception, parameters: int = 0) -> Row:
     """A row that says how and why there are no figures."""
     status = "unsupported" if isinstance(error, NotMergeable) else status_of(error)
     return Row(label, parameters, status=status, reason=one_line(error))
-
-
-def _attempt(work: Callable[[], Made]) -> Made | Exception:
-    """What the work gives, or the error it raised."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        return error
-    except Exception as error:
-        return error

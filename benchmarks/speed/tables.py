@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from pydantic import TypeAdapter
+from torch import nn
 
+from benchmarks.instruments.memory import held, memory_kind
 from benchmarks.records.schema import Provenance
 from benchmarks.reporting.footnotes import hardware
 from benchmarks.reporting.render import Table, to_markdown
 from benchmarks.speed.growth import Growth
+from benchmarks.speed.options import Options
 from benchmarks.speed.rows import Group, Row
 
 NOTHING = ""
 _MEBI = 2**20
+NOTES = (
+    "ms: median over the timed rounds. x: median of the ratios to the reference in the same round (95 % bootstrap).",
+    "A training step is forward, loss with auxiliary losses and backward. Random weights, no dropout, no padding.",
+    "On a processor the memory that a step frees stays in the process while steps are timed: no page faults.",
+    "The rows belong to {tasks} tasks in turn; a merged model serves task 0 alone.",
+    "frozen: the bare model, its gradient taken to the first layer's input; frozen, forward only: without gradients.",
+    "peak MiB: {peak}, above what was there before the step; the frozen weights' {weights:,.0f} MiB come on top.",
+    "saved MiB: kept for backward, weights left out.",
+    "GFLOP: counted, of matrix products. MFU: the frozen model's operations over time and the device's peak.",
+    "kernels: tensor operations counted, views left out: what small steps take time for whatever their size.",
+)
+GROWTH_NOTES = (
+    "Median time of forward, loss and backward. exponent: b of time = a value^b, by least squares on logarithms.",
+    "{rows} x {length} tokens of {tasks} tasks where the axis does not say otherwise.",
+    "Over tasks: as many tokens in all, in as many rows as the most tasks need.",
+    "A method that adapts whole feed-forward networks has one of two layers of the input's width.",
+    "The bare layer and the reference know neither experts nor tasks: there, their exponent shows the noise.",
+)
 _WHAT = {"train": "training step", "prefill": "prefill", "decode": "decode, one token"}
 
 
@@ -113,13 +136,53 @@ def flat(row: Row) -> dict[str, Any]:
     }
 
 
-def document(heading: str, tables: Sequence[Table], notes: Sequence[str], provenance: Provenance) -> str:
+@dataclass(frozen=True)
+class Outcome:
+    """What is shown and kept."""
+
+    heading: str
+    tables: list[Table]
+    notes: tuple[str, ...]
+    rows: list[Row]
+    figures: dict[str, Any]
+
+
+def compare(
+    groups: Sequence[Group], unbuilt: Sequence[Row], host: nn.Module, options: Options, reference: str
+) -> Outcome:
+    """Tables of all workloads; `unbuilt` are the methods that could not be attached."""
+    device = next(host.parameters()).device
+    weights = held(host.parameters(), torch.device("cpu")) / _MEBI
+    notes = [note.format(tasks=options.tasks, peak=memory_kind(device), weights=weights) for note in NOTES]
+    return Outcome(
+        f"Speed of {options.described}",
+        [group_table(group, reference) for group in groups],
+        (*notes, *_failures(unbuilt)),
+        [*unbuilt, *(row for group in groups for row in group.rows)],
+        {"groups": groups, "not_built": unbuilt},
+    )
+
+
+def compare_growth(growths: Sequence[Growth], options: Options) -> Outcome:
+    """Tables of all axes."""
+    return Outcome(
+        f"Growth of the time on {options.described}",
+        [growth_table(growth, f"Training step in ms over {growth.axis}") for growth in growths],
+        tuple(note.format(rows=options.rows, length=options.length, tasks=options.tasks) for note in GROWTH_NOTES),
+        [row for growth in growths for by_value in growth.rows.values() for row in by_value.values()],
+        {"growth": {growth.axis: growth for growth in growths}},
+    )
+
+
+def document(outcome: Outcome, provenance: Provenance) -> str:
     """The file: its command first, then the tables, then what one has to know."""
     code = "version unknown" if provenance.commit is None else f"commit {provenance.commit[:10]}"
     changed = " with uncommitted changes" if provenance.dirty else ""
-    head = f"<!-- Made by `{provenance.command}`: edit nothing here, run it again. -->\n\n## {heading}\n"
-    lines = [*notes, f"{hardware(provenance)} Code: {code}{changed}.", f"Made by `{provenance.command}`."]
-    return "\n".join([head, *(to_markdown(table) for table in tables), "".join(f"- {line}\n" for line in lines)])
+    head = f"<!-- Made by `{provenance.command}`: edit nothing here, run it again. -->\n\n## {outcome.heading}\n"
+    lines = [*outcome.notes, f"{hardware(provenance)} Code: {code}{changed}.", f"Made by `{provenance.command}`."]
+    return "\n".join(
+        [head, *(to_markdown(table) for table in outcome.tables), "".join(f"- {line}\n" for line in lines)]
+    )
 
 
 def as_json(value: Any) -> Any:

@@ -6,18 +6,17 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.instruments.clock import Step
+from benchmarks.protocols.protocol import UsageError
 from benchmarks.protocols.seeds import generator, torch_stream
 from benchmarks.speed.contestants import Contestant
 from benchmarks.speed.hosts import Kind, kind_of
-
-Mode = Literal["train", "prefill", "decode"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+from benchmarks.speed.options import MODES, Mode, Options
 
 Surroundings = Callable[[], AbstractContextManager[None]]
 
@@ -54,6 +53,29 @@ def supports(kind: Kind, mode: Mode) -> bool:
     return mode != "decode" or kind in ("causal", "seq2seq")
 
 
+def choose_workloads(options: Options, host: nn.Module) -> list[Workload]:
+    """All that the host can do of what was asked for.
+
+    Raises:
+        UsageError: it can do none of it.
+    """
+    kind = kind_of(host)
+    chosen = [
+        Workload(mode, rows, options.length, options.tasks, options.autocasts, options.optimiser)
+        for mode in MODES
+        if mode in options.mode and supports(kind, mode)
+        for rows in ((options.rows,) if mode == "train" else options.inference_rows)
+    ]
+    if not chosen:
+        raise UsageError(f"--mode {','.join(options.mode)}: {options.host} does not generate; give train or prefill")
+    return chosen
+
+
+def training_workload(options: Options) -> Workload:
+    """The training step that growth is measured on."""
+    return Workload("train", options.rows, options.length, options.tasks, options.autocasts, options.optimiser)
+
+
 def make_step(contestant: Contestant, host: nn.Module, workload: Workload, *, counted: bool = False) -> Step:
     """The step of one contestant.
 
@@ -77,7 +99,8 @@ def make_step(contestant: Contestant, host: nn.Module, workload: Workload, *, co
             yield
 
     if workload.mode == "train":
-        return Step(contestant.label, _training(contestant, kind, {**tensors, **routed}, workload, surroundings))
+        run = _training(contestant, kind, {**tensors, **routed}, workload, surroundings)
+        return Step(contestant.label, run, around=contestant.turn)
     if workload.mode == "prefill":
         inputs = {**_prompt(kind, tensors), **routed}
 

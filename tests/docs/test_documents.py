@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from torch import nn
 
 import moepeft
@@ -125,10 +126,8 @@ def parse(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any
     command = importlib.import_module("benchmarks.speed.__main__" if module == "benchmarks.speed" else module)
     monkeypatch.setattr(sys, "argv", [module, *words])
     with monkeypatch.context() as patch:
-        if hasattr(command, "tyro"):
-            patch.setattr(command.tyro, "cli", stopping(command.tyro.cli))
-        else:
-            patch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
+        patch.setattr(tyro, "cli", stopping(tyro.cli))
+        patch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
         with pytest.raises(Parsed) as parsed:
             command.main()
     return parsed.value.options

@@ -21,13 +21,24 @@ import moepeft
 from benchmarks.instruments.clock import CUDA_BURST, Step, interleave, paired_ratio, quantiles
 from benchmarks.protocols.protocol import UsageError
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed.contestants import FROZEN, adapted, frozen, merged, reference, reference_label
+from benchmarks.speed.contestants import (
+    FROZEN,
+    Contestant,
+    Entry,
+    adapted,
+    enter,
+    frozen,
+    merged,
+    reference,
+    reference_label,
+)
 from benchmarks.speed.costs import measure_costs
 from benchmarks.speed.growth import REFERENCE, VALUES, NotOnAxis, fit_exponent, scaled, workload_at
 from benchmarks.speed.hosts import FeedForward, build_host, kind_of, sharing_copy
-from benchmarks.speed.settings import parse_fields, resolve
+from benchmarks.speed.options import Options, read_fields
 from benchmarks.speed.tables import milliseconds
 from benchmarks.speed.workloads import Workload, make_step, supports
+from moepeft.fast import fast_paths_enabled
 from moepeft.sites import find_sites
 
 CPU = torch.device("cpu")
@@ -45,6 +56,10 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sizes = {"minilm": hosts.bert, "t5-base": hosts.t5, "llama-2-7b": hosts.llama, "deberta-v3-base": hosts.deberta}
     monkeypatch.setattr(shapes, "SHAPES", sizes)
+
+
+def attached(host: nn.Module, spec: str, sites: Any = None, **fields: Any) -> Contestant:
+    return adapted(spec, host, Entry(moepeft.method(spec, **fields)), sites, compiled=False)
 
 
 def run(*words: str) -> int:
@@ -176,14 +191,14 @@ def test_contestants_share_the_weights_and_nothing_else() -> None:
     host = tiny("32x48")
     other = sharing_copy(host)
     assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in host.parameters()]
-    adapted("one", other, moepeft.method("lora"), None, compiled=False)
+    attached(other, "lora")
     assert len(list(host.parameters())) == 1
 
 
 def test_the_reference_adapts_the_same_sites_with_as_many_parameters() -> None:
     host = tiny("minilm")
     unit = reference(host, ["q", "v"], compiled=False)
-    ours = adapted("ours", host, moepeft.method("lora", rank=8), ["q", "v"], compiled=False)
+    ours = attached(host, "lora", ["q", "v"], rank=8)
     assert sum(p.numel() for p in unit.parameters) == sum(p.numel() for p in ours.parameters)
     assert len(unit.parameters) == len(ours.parameters) == 2 * 12
     assert unit.label == reference_label() == "peft LORA r=8"
@@ -191,7 +206,7 @@ def test_the_reference_adapts_the_same_sites_with_as_many_parameters() -> None:
 
 def test_merged_only_during_its_turn() -> None:
     host = tiny("32x48")
-    contestant = adapted("ours", host, moepeft.method("lora"), None, compiled=False)
+    contestant = attached(host, "lora")
     for parameter in contestant.parameters:
         nn.init.ones_(parameter)
     before = host[0].weight.clone()  # type: ignore[index]
@@ -202,7 +217,21 @@ def test_merged_only_during_its_turn() -> None:
     assert torch.equal(host[0].weight, before)  # type: ignore[index]
     assert folded.task_ids(5, 3).tolist() == [0] * 5
     assert contestant.task_ids(5, 3).tolist() == [0, 1, 2, 0, 1]
-    assert merged(adapted("token", tiny("32x48"), moepeft.method("tucka"), None, compiled=False)) is None
+    assert merged(attached(tiny("32x48"), "tucka")) is None
+
+
+def test_a_twin_has_its_turn_without_fast_paths() -> None:
+    entries = enter({"more": moepeft.method("more", num_tasks=2)}, definitions=True)
+    assert list(entries) == ["more", "more (definition)"]
+    host = tiny("32x48")
+    seen = {}
+    for label, entry in entries.items():
+        contestant = adapted(label, host, entry, None, compiled=False)
+        contestant.model.register_forward_hook(lambda *_, label=label: seen.update({label: fast_paths_enabled()}))
+        step = make_step(contestant, host, Workload("train", 4, 5, 2))
+        interleave([step], warmup=0, repeats=1, device=CPU)
+        assert fast_paths_enabled()
+    assert seen == {"more": True, "more (definition)": False}
 
 
 def test_layers_are_cut_and_dropout_is_off(small_models: None) -> None:
@@ -296,7 +325,7 @@ def test_kernels_of_a_layer() -> None:
 
 def test_counting_leaves_parameters_as_they_were() -> None:
     host = tiny("32x48")
-    ours = adapted("ours", host, moepeft.method("more", num_tasks=2), None, compiled=False)
+    ours = attached(host, "more", num_tasks=2)
     ours.model.eval()
     step = make_step(ours, host, Workload("prefill", 4, 5, 2), counted=True)
     assert measure_costs(ours, step, step, CPU).flops > 2 * 20 * 32 * 48
@@ -323,8 +352,9 @@ def test_scaling_finds_each_methods_field() -> None:
     assert scaled(moepeft.method("ept"), "experts", 6).kernels == (2, 4, 6, 8, 2, 4)
     assert scaled(moepeft.method("more"), "rank", 64).rank == 64
     assert scaled(moepeft.method("more"), "tasks", 64).num_tasks == 64
-    with pytest.raises(NotOnAxis, match="no hyper-parameter"):
-        scaled(moepeft.method("lora"), "experts", 4)
+    for axis in ("experts", "tasks"):
+        with pytest.raises(NotOnAxis, match="lora"):
+            scaled(moepeft.method("lora"), axis, 4)
     with pytest.raises(NotOnAxis, match="not a multiple"):
         scaled(moepeft.method("moelora"), "rank", 4)
 
@@ -366,8 +396,7 @@ def test_the_network_is_one_feed_forward_block() -> None:
 
 def test_comparison_on_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
-        "--backbone", "32x48", "--methods", "lora,ept,mixlora", "--naive", "tests.support.naive:NAIVE",
-        "--mode", "train,prefill",
+        "--backbone", "32x48", "--methods", "lora,ept,mixlora", "--definitions", "--mode", "train,prefill",
         "--inference-rows", "1,3", "--results", str(tmp_path), "--json", str(tmp_path / "all.json"),
     )  # fmt: skip
     assert code == 0  # a method that cannot adapt a single layer is no failure
@@ -380,8 +409,9 @@ def test_comparison_on_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str
     groups = {(group["workload"]["mode"], group["workload"]["rows"]): group["rows"] for group in figures["groups"]}
     labels = {key: [row["label"] for row in rows] for key, rows in groups.items()}
     bare, unit = "frozen, forward only", reference_label()
-    assert labels[("train", 4)] == [bare, FROZEN, unit, "lora", "ept", "ept (naive)"]
-    inference = [FROZEN, unit, "lora", "lora (merged)", "ept", "ept (merged)", "ept (naive)"]
+    assert labels[("train", 4)] == [bare, FROZEN, unit, "lora", "lora (definition)", "ept", "ept (definition)"]
+    merged_too = [name for one in ("lora", "ept") for name in (one, f"{one} (merged)", f"{one} (definition)")]
+    inference = [FROZEN, unit, *merged_too]
     assert labels[("prefill", 1)] == labels[("prefill", 3)] == inference
     for rows in groups.values():
         for row in rows:
@@ -411,7 +441,7 @@ def test_share_of_the_peak(tmp_path: Path) -> None:
 )
 def test_every_mode_on_every_kind_of_model(small_models: None, tmp_path: Path, name: str, dtype: str) -> None:
     code = run(
-        "--backbone", name, "--inference-rows", "2", "--tasks", "3", "--fields", "mixlora:rank=2,ept:kernels=(1, 2)",
+        "--backbone", name, "--inference-rows", "2", "--tasks", "3", "--fields", "mixlora:rank=2", "ept:kernels=(1, 2)",
         "--dtype", dtype, "--results", str(tmp_path), "--json", str(tmp_path / "x.json"),
     )  # fmt: skip
     assert code == 0
@@ -447,20 +477,15 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--backbone", "nothing"], "unknown shape 'nothing'"),
         (["--methods", "lorra"], "Did you mean"),
         (["--methods", ","], "names no method"),
-        (["--mode", "serve"], "--mode serve"),
         (["--mode", "decode"], "does not generate"),
-        (["--grow", "width"], "--grow width"),
         (["--grow", "rank", "--backbone", "minilm"], "INxOUT"),
         (["--rows", "0"], "--rows 0"),
         (["--warmup", "-1"], "--warmup -1"),
         (["--peak-tflops", "0"], "--peak-tflops 0"),
-        (["--inference-rows", "1,x"], "--inference-rows x"),
+        (["--inference-rows", "1,0"], "--inference-rows"),
         (["--fields", "ept"], "name:key=value"),
         (["--fields", "ept:rank=2", "--methods", "lora"], "not among the methods"),
         (["--fields", "ept:rnk=2"], "Did you mean rank"),
-        (["--naive", "tests.support.naive:NONE"], "--naive tests.support.naive:NONE"),
-        (["--naive", "nowhere"], "--naive nowhere"),
-        (["--naive", "tests.support.naive:only_top_k"], "is a function"),
         (["--backbone", "8x8", "--layers", "1"], "single layer"),
         (["--sites", "nowhere"], "matches none"),
     ],
@@ -476,18 +501,18 @@ def test_wrong_usage_is_one_line(
 
 
 def test_fields_are_literals_or_words() -> None:
-    text = "ept:kernels=(2, 4),ept:routing=token,mixlora@released:top_k=1"
-    assert parse_fields(text) == {"ept": {"kernels": (2, 4), "routing": "token"}, "mixlora@released": {"top_k": 1}}
-    assert parse_fields("") == {}
+    words = ["ept:kernels=(2, 4)", "ept:routing=token", "mixlora@released:top_k=1"]
+    assert read_fields(words) == {"ept": {"kernels": (2, 4), "routing": "token"}, "mixlora@released": {"top_k": 1}}
+    assert read_fields([]) == {}
 
 
 def test_a_table_of_its_own_for_what_does_not_compare() -> None:
     stems = [
-        resolve(speed.Options(backbone="minilm", **options)).stem
+        Options(backbone="minilm", **options).stem
         for options in ({}, {"dtype": "bf16"}, {"compile": True}, {"layers": 2})
     ]
     assert stems == ["speed-minilm", "speed-minilm-bf16", "speed-minilm-compile", "speed-minilm-2layers"]
-    assert resolve(speed.Options(grow="rank")).stem == "speed-growth-768x768"
+    assert Options(grow=("rank",)).stem == "speed-growth-768x768"
 
 
 def test_kept_memory_costs_no_page_faults():
