@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {
     "ept": "moepeft.methods.ept:EPT",
     "moslora": "moepeft.methods.moslora:MoSLoRA",
     "hydralora": "moepeft.methods.hydralora:HydraLoRA",
+    "mtl-lora": "moepeft.methods.mtl_lora:MTLLoRA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

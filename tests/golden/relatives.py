@@ -72,7 +72,23 @@ def replay_hydralora(case: Case) -> Replay:
     return replay_layer(case, factory, {"A": "A", "router": "router", stacked("B", c["num_experts"]): "B"})
 
 
+def replay_mtl_lora(case: Case) -> Replay:
+    """`mtl-lora__*`."""
+    c = case.config
+    fields = {name: c[name] for name in ("alpha", "num_experts", "num_tasks", "temperature")}
+    factory = moepeft.method("mtl-lora@released", rank=c["r"], **fields)
+    names = {"A": "A", "Lambda": "transforms", "B": "B", "w": "weights"}
+    return replay_layer(
+        case,
+        factory,
+        names,
+        into=lambda name, value: value[0] if name == "A" else value,
+        view=lambda name, grad: grad[None] if name == "A" else grad,
+    )
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
+    "mtl-lora": replay_mtl_lora,
 }

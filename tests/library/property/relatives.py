@@ -6,9 +6,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+TASKS = 4
 counts = st.integers(1, 5)
 
 RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "moslora": st.fixed_dictionaries({"rank": counts, "mixer": st.sampled_from(["kaiming", "orthogonal"])}),
     "hydralora": st.fixed_dictionaries({"rank": counts, "num_experts": counts}),
+    "mtl-lora": st.fixed_dictionaries(
+        {"rank": counts, "num_experts": counts, "temperature": st.floats(0.1, 1.0), "num_tasks": st.just(TASKS)}
+    ),
 }
