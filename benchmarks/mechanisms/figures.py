@@ -1,0 +1,78 @@
+"""Figures of the mechanisms: scores over what was varied, with the bound of a task-blind answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.mechanisms.experiments import Experiment
+from benchmarks.mechanisms.tables import BOUND, interval
+from benchmarks.reporting.figures.style import (
+    BASELINE_COLOUR,
+    COLOURS,
+    LINES,
+    MARKERS,
+    drawing,
+    legend_beside,
+    new_canvas,
+    svg_bytes,
+)
+
+
+def draw_scores(experiment: Experiment, frame: pd.DataFrame) -> bytes | None:
+    """Mean R2 over the one field that the experiment varies, or over parameters; None if several fields vary."""
+    by_size = bool(experiment.ranks_of_reference)
+    axis = "parameters" if by_size else next(iter(experiment.vary))
+    if len(experiment.vary) != 1:
+        return None
+    with drawing():
+        canvas = new_canvas()
+        panels = sorted(frame[next(iter(experiment.vary))].unique()) if by_size else [None]
+        plots = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for plot, panel in zip(plots, panels, strict=True):
+            field = next(iter(experiment.vary))
+            some = frame if panel is None else frame[frame[field] == panel]
+            for number, name in enumerate(some["method"].unique()):
+                _draw_line(plot, some[some["method"] == name], axis, name, number)
+            if not by_size:
+                bound = some.groupby(axis, sort=False)["bound"].mean()
+                positions = np.arange(len(bound)) if bound.index.dtype == object else bound.index
+                plot.plot(positions, bound, color=BASELINE_COLOUR, linestyle="dotted", label=BOUND)
+            else:
+                plot.axhline(some["bound"].mean(), color=BASELINE_COLOUR, linestyle="dotted", label=BOUND)
+                plot.set_xscale("log")
+                plot.set_title(f"{field} {panel:g}")
+            plot.set_xlabel(axis)
+        plots[0].set_ylabel("R2, mean over tasks")
+        plots[0].set_ylim(-0.1, 1.05)
+        legend_beside(plots[-1])
+        return svg_bytes(canvas, experiment.question)
+
+
+def _draw_line(plot, some: pd.DataFrame, axis: str, name: str, number: int) -> None:  # type: ignore[no-untyped-def]
+    """One method: means over seeds with their intervals."""
+    if axis == "parameters":
+        groups: list[tuple[Any, pd.Series]] = [
+            (group["parameters"].mean(), group["score"]) for _, group in some.groupby("size")
+        ]
+    else:
+        groups = [(value, group["score"]) for value, group in some.groupby(axis, sort=False)]
+    places = [place for place, _ in groups]
+    words = any(isinstance(place, str) for place in places)
+    means, halves = zip(*(interval(scores.dropna().tolist()) for _, scores in groups), strict=True)
+    plot.errorbar(
+        np.arange(len(places)) if words else places,
+        means,
+        yerr=np.nan_to_num(halves),
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        linestyle=LINES[number // len(COLOURS) % len(LINES)],
+        capsize=2,
+        label=name,
+    )
+    if words:
+        plot.set_xticks(np.arange(len(places)), places)
+    elif axis == "tasks":
+        plot.set_xscale("log", base=2)

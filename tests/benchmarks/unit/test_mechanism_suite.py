@@ -1,0 +1,208 @@
+"""Experiments: rates are found as the rule says, archives survive a crash, tables say what the runs were."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import moepeft
+from benchmarks.mechanisms.command import run_mechanisms
+from benchmarks.mechanisms.experiments import Experiment, Tuning, available_experiments, load_experiment, shortened
+from benchmarks.mechanisms.frame import Incomplete, read_choices, read_frame
+from benchmarks.mechanisms.runs import Archive, Outcome, Run, execute, plan_run
+from benchmarks.mechanisms.students import Lesson
+from benchmarks.mechanisms.suite import Suite
+from benchmarks.mechanisms.tables import interval, multiplier, pairs_table
+from benchmarks.mechanisms.teachers import Curriculum
+from benchmarks.mechanisms.tuning import choose_rate
+from benchmarks.protocols.protocol import UsageError
+
+TINY = Experiment(
+    name="tiny",
+    question="Does it run?",
+    teacher={"width": 16, "inner": 24, "tasks": 3},
+    vary={"conflict": (0.0, 1.0)},
+    oracle="moelora",
+    reference="lora",
+    lesson=Lesson(steps=12, warmup=3, rows=8, exams=(6,), exam_rows=16),
+    tuning=Tuning(rates=(1e-3, 1e-2), seeds=(1000,), first_steps=4, extensions=1),
+    seeds=(0, 1),
+)
+
+
+def pretend(archive: Archive, score: Callable[[float], float]) -> Callable[[Sequence[Run]], None]:
+    """An executor that gives every run the score of its rate."""
+
+    def make(runs: Sequence[Run]) -> None:
+        for run in archive.missing(runs):
+            curve = {run.lesson.steps: (score(run.rate),) * run.curriculum.tasks}
+            archive.add(Outcome(run=run, status="ok", bound=1.0, curve=curve, seconds=0.0, machine="none"))
+
+    return make
+
+
+def with_rates(*rates: float, extensions: int = 3) -> Experiment:
+    return TINY.model_copy(update={"tuning": TINY.tuning.model_copy(update={"rates": rates, "extensions": extensions})})
+
+
+@pytest.mark.parametrize(
+    ("peak", "best", "at_edge"),
+    [(3e-3, 3e-3, False), (1e-1, 1e-1, False), (1e-4, 1e-4, False), (1e3, 1.0, True)],
+    ids=["inside", "above", "below", "beyond all extensions"],
+)
+def test_the_grid_grows_until_the_best_rate_is_inside(tmp_path: Path, peak: float, best: float, at_edge: bool) -> None:
+    archive = Archive(tmp_path)
+    make = pretend(archive, lambda rate: -abs(math.log(rate / peak)) / 50)
+    choice = choose_rate(with_rates(1e-3, 3e-3, 1e-2, 3e-2), "lora", archive, make)
+    assert choice.rate == pytest.approx(best, rel=0.2)
+    assert choice.at_edge is at_edge
+
+
+def test_a_trial_that_fails_is_the_worst_and_how_badly_it_ended_does_not_matter(tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    make = pretend(archive, lambda rate: -1e9 if rate > 2e-3 else -0.5)
+    choice = choose_rate(with_rates(1e-3, 3e-3, 1e-2, 3e-2, extensions=1), "lora", archive, make)
+    assert choice.rate < 2e-3
+    assert min(score for _, score in choice.tried) == -1.0
+
+
+def test_tuning_looks_at_no_reported_teacher(tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    seen: list[Run] = []
+    make = pretend(archive, lambda rate: 0.0)
+    choose_rate(TINY, "lora", archive, lambda runs: (seen.extend(runs), make(runs))[1])
+    assert seen
+    assert not {run.seed for run in seen} & set(TINY.seeds)
+
+
+def test_a_suite_is_resumed_from_its_archive_and_its_tables_come_from_it_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+    run_mechanisms([TINY], ["more"], tmp_path, jobs=1, command="test", say=said.append)
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    tables = {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
+    assert {"tiny-scores.md", "tiny-pairs.csv", "tiny-swaps.md"} <= set(tables)
+    run_mechanisms([TINY], ["more"], tmp_path, jobs=1, command="test", say=said.append)
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == tables
+
+
+def test_a_deleted_run_is_missed_by_name(tmp_path: Path) -> None:
+    run_mechanisms([TINY], [], tmp_path, jobs=1, command="test", say=lambda _: None)
+    archive = Archive(tmp_path)
+    choices = read_choices(TINY, [], archive)
+    frame = read_frame(TINY, choices, archive)
+    assert len(frame) == 2 * 2 * 2  # methods, teachers, seeds
+    assert set(frame["machine"]) <= set(archive.machines())
+    gone = frame["run"].iloc[-1]
+    path = tmp_path / "runs.jsonl"
+    kept = [line for line in path.read_text().splitlines() if Run_id(line) != gone]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    with pytest.raises(Incomplete, match=gone):
+        read_frame(TINY, choices, Archive(tmp_path))
+
+
+def Run_id(line: str) -> str:  # noqa: N802
+    return Outcome.model_validate_json(line).run.id
+
+
+def test_half_a_line_at_the_end_is_forgotten(tmp_path: Path) -> None:
+    archive = Archive(tmp_path)
+    factory = moepeft.method("lora")
+    runs = [plan_run(Curriculum(), Lesson(), "lora", factory, 1e-3, seed) for seed in (0, 1)]
+    pretend(archive, lambda rate: 0.5)(runs)
+    path = tmp_path / "runs.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-10])
+    again = Archive(tmp_path)
+    assert again.find(runs[0]) is not None
+    assert again.missing(runs) == [runs[1]]
+    pretend(again, lambda rate: 0.5)(runs)
+    assert path.read_text() == whole
+
+
+def test_a_run_that_cannot_be_made_is_an_outcome_that_says_why() -> None:
+    narrow = Curriculum(width=4, inner=4, tasks=2)
+    config = dataclasses.asdict(moepeft.method("moelora", num_tasks=1))
+    run = Run(curriculum=narrow, lesson=TINY.lesson, method="moelora", config=config, rate=1e-3, seed=0)
+    outcome = execute(run, "none")
+    assert outcome.status == "unsupported"
+    assert outcome.reason
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def test_intervals_are_scipys() -> None:
+    values = [0.1, 0.4, 0.2, 0.35]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    mean, half = interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def frame_of(rows: Sequence[tuple[str, float, float, float]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["method", "size", "parameters", "score"]).assign(seed=0)
+
+
+def test_a_multiplier_by_hand() -> None:
+    reference = [("lora", 2, 100, 0.2), ("lora", 8, 400, 0.6)]
+    other = [("other", 2, 50, 0.2), ("other", 8, 200, 0.6), ("other", 32, 800, 0.5)]
+    frame = frame_of([*reference, *other])
+    assert math.exp(multiplier(frame, "lora", "other", 8)) == pytest.approx(2.0)
+    between = frame_of([("lora", 2, 100, 0.4), *other])
+    assert math.exp(multiplier(between, "lora", "other", 2)) == pytest.approx(1.0)  # halfway: sqrt(50 * 200) = 100
+    assert multiplier(frame_of([("lora", 2, 100, 0.9), *other]), "lora", "other", 2) == -math.inf
+    assert multiplier(frame_of([("lora", 2, 100, 0.1), *other]), "lora", "other", 2) == math.inf
+
+
+def test_pairs_are_paired_by_seed_and_adjusted_by_holm() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=8)
+    scores = {"a": base, "b": base + 0.1 + 0.01 * rng.normal(size=8), "c": rng.normal(size=8)}
+    frame = pd.DataFrame(
+        [
+            {"method": name, "seed": seed, "score": value, "conflict": 1.0}
+            for name, values in scores.items()
+            for seed, value in enumerate(values)
+        ]
+    )
+    experiment = TINY.model_copy(update={"vary": {"conflict": (1.0,)}})
+    table = pairs_table(experiment, frame).data.set_index(["better", "worse"])
+    assert table.loc[("b", "a"), "p"] == pytest.approx(stats.ttest_rel(scores["b"], scores["a"]).pvalue)
+    assert table.loc[("b", "a"), "p_holm"] == pytest.approx(3 * table.loc[("b", "a"), "p"])
+    assert table["decided"].tolist() == [True, False, False]
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", available_experiments())
+def test_every_experiment_of_the_project_can_be_planned(name: str) -> None:
+    experiment = shortened(load_experiment(name), steps=None, seeds=(0,))
+    for method in experiment.contestants(["moelora"]):
+        if method not in moepeft.available():
+            continue
+        for curriculum in experiment.curricula():
+            assert list(experiment.students(method, curriculum))
+
+
+def test_wrong_experiments_are_refused_in_one_line(tmp_path: Path) -> None:
+    for text, expected in [("conflict = ", "not a TOML file"), ('question = "?"\nreference = "lora"', "oracle")]:
+        path = tmp_path / "wrong.toml"
+        path.write_text(text)
+        with pytest.raises(UsageError, match=expected) as refused:
+            load_experiment(str(path))
+        assert "\n" not in str(refused.value).strip()
+    with pytest.raises(UsageError, match="unknown experiment"):
+        load_experiment("nothing")
+
+
+def test_suite_has_a_reference_and_an_oracle_whatever_was_asked_for(tmp_path: Path) -> None:
+    assert TINY.contestants(["ept", "lora"]) == ("lora", "ept", "moelora")
+    assert Suite(tmp_path, ["ept"], jobs=1, command="", say=print).archive.root == tmp_path
