@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from .errors import ConfigError, Unsupported
-from .protocols import AdapterFactory, Capabilities, LinearSite
+from .protocols import AdapterFactory, Capabilities, FactoryClass, LinearSite
 
 Purpose = Literal["task_table", "router", "core"]
 
@@ -139,7 +139,11 @@ class MethodConfig:
 def with_tasks(factory: AdapterFactory, number: int) -> AdapterFactory:
     """`MethodConfig.with_tasks` of any factory."""
     own = getattr(factory, "with_tasks", None)
-    return factory if own is None else own(number)
+    if own is not None:
+        changed: AdapterFactory = own(number)
+        return changed
+    known = task_number(factory) is not None
+    return dataclasses.replace(factory, num_tasks=number) if known else factory  # type: ignore[type-var]
 
 
 def with_experts(factory: AdapterFactory, number: int) -> AdapterFactory:
@@ -161,25 +165,25 @@ def task_number(factory: AdapterFactory) -> int | None:
     return number
 
 
-def sizes(factory: AdapterFactory | type[AdapterFactory]) -> tuple[str, ...]:
+def sizes(factory: AdapterFactory | FactoryClass) -> tuple[str, ...]:
     """`MethodConfig.sizes` of any factory."""
     declared: tuple[str, ...] = getattr(factory, "sizes", MethodConfig.sizes)
     return declared
 
 
-def ablations(factory: AdapterFactory | type[AdapterFactory]) -> Mapping[str, Mapping[str, Any]]:
+def ablations(factory: AdapterFactory | FactoryClass) -> Mapping[str, Mapping[str, Any]]:
     """`MethodConfig.ablations` of any factory."""
     declared: Mapping[str, Mapping[str, Any]] = getattr(factory, "ablations", MethodConfig.ablations)
     return declared
 
 
-def recipes(factory: AdapterFactory | type[AdapterFactory]) -> Mapping[str, Recipe]:
+def recipes(factory: AdapterFactory | FactoryClass) -> Mapping[str, Recipe]:
     """`MethodConfig.recipes` of any factory."""
     declared: Mapping[str, Recipe] = getattr(factory, "recipes", MethodConfig.recipes)
     return declared
 
 
-def purpose(factory: AdapterFactory | type[AdapterFactory], parameter: str) -> Purpose:
+def purpose(factory: AdapterFactory | FactoryClass, parameter: str) -> Purpose:
     """What a parameter is for, by its name within its adapter or shared module, e.g. ``gate.weight``."""
     declared: Mapping[str, Purpose] = getattr(factory, "purposes", PURPOSES)
     named = [declared[part] for part in parameter.split(".") if part in declared]

@@ -46,6 +46,10 @@ class NotMergeable(MoepeftError):
     """The update depends on the input, or the base weights cannot take it."""
 
 
+class ContractError(MoepeftError, AssertionError):
+    """A method does not do what it declares, or what every method must do (`moepeft.testing`)."""
+
+
 class AdapterFileError(MoepeftError):
     """A saved adapter is missing, damaged, foreign or made for another model. The model was left as it was.
 

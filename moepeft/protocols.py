@@ -22,6 +22,7 @@ __all__ = [
     "AdapterFactory",
     "Base",
     "Capabilities",
+    "FactoryClass",
     "LinearSite",
     "LoRAShaped",
     "Mergeable",
@@ -33,6 +34,7 @@ __all__ = [
 Routing = Literal["none", "task", "token", "batch"]
 
 
+@runtime_checkable
 class Base(Protocol):
     """The frozen layer as a function: call it on any input, once, several times or not at all."""
 
@@ -41,6 +43,7 @@ class Base(Protocol):
         ...
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """What a factory builds for one site: an `nn.Module` whose parameters are the only ones that train."""
 
@@ -105,6 +108,7 @@ class Capabilities:
     never_trained: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class AdapterFactory(Protocol):
     """A method. Its frozen-dataclass configuration is its factory: equality, repr and JSON come with it.
 
@@ -146,4 +150,17 @@ class AdapterFactory(Protocol):
 
         Each a tensor, in float32 at least, or whatever else the method's adapters give to `SiteContext.loss`.
         """
+        ...
+
+
+@runtime_checkable
+class FactoryClass(Protocol):
+    """A method before it is configured: the class whose instances are its factories."""
+
+    __name__: str
+    name: str
+    presets: Mapping[str, Mapping[str, Any]]
+
+    def __call__(self, **fields: Any) -> AdapterFactory:
+        """A configuration; fields that are not named have their defaults."""
         ...

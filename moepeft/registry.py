@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
 from .config import ablations, with_tasks
 from .errors import ConfigError, UnknownMethod, did_you_mean
-from .protocols import AdapterFactory
+from .protocols import AdapterFactory, FactoryClass
 
-METHODS: dict[str, str] = {
+METHODS: dict[str, str | FactoryClass] = {
     "lora": "moepeft.methods.lora:LoRA",
     "moelora": "moepeft.methods.moelora:MOELoRA",
     "more": "moepeft.methods.more:MoRE",
@@ -31,20 +32,37 @@ def available() -> tuple[str, ...]:
     return tuple(sorted({*METHODS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
 
 
-def factory_class(name: str) -> type[AdapterFactory]:
+def factory_class(name: str) -> FactoryClass:
     """The class registered under `name`.
 
     Raises:
         UnknownMethod: nothing is; suggests close names.
     """
-    if name in METHODS:
-        module, _, attribute = METHODS[name].partition(":")
-        found: type[AdapterFactory] = getattr(importlib.import_module(module), attribute)
+    where = METHODS.get(name)
+    if isinstance(where, str):
+        module, _, attribute = where.partition(":")
+        found: FactoryClass = getattr(importlib.import_module(module), attribute)
         return found
+    if where is not None:
+        return where
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        loaded: type[AdapterFactory] = point.load()
+        loaded: FactoryClass = point.load()
         return loaded
     raise UnknownMethod(f"there is no method {name!r}.{did_you_mean(name, available())}")
+
+
+@contextmanager
+def registered(cls: FactoryClass) -> Iterator[None]:
+    """Inside, the class stands under its name, whatever else does outside: so that saved adapters of it load."""
+    before = METHODS.get(cls.name)
+    METHODS[cls.name] = cls
+    try:
+        yield
+    finally:
+        if before is None:
+            del METHODS[cls.name]
+        else:
+            METHODS[cls.name] = before
 
 
 def method(spec: str, *, num_tasks: int | None = None, **fields: Any) -> AdapterFactory:
@@ -79,5 +97,5 @@ def from_config(name: str, values: Mapping[str, Any]) -> AdapterFactory:
     return cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in values.items()})
 
 
-def _fields(cls: type[AdapterFactory]) -> tuple[str, ...]:
+def _fields(cls: FactoryClass) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
