@@ -116,6 +116,11 @@ class MethodConfig:
         """
         raise KeyError(name)
 
+    @property
+    def expert_sizes(self) -> tuple[float, ...] | None:
+        """What grows from expert to expert (a scale, a rank), in the order of the gates; None if experts are alike."""
+        return None
+
     def with_tasks(self, number: int) -> Self:
         """The same configuration for `number` tasks; itself if the method knows no tasks."""
         known = {field.name for field in dataclasses.fields(self)}
@@ -157,6 +162,12 @@ def with_experts(factory: AdapterFactory, number: int) -> AdapterFactory:
         raise Unsupported(f"{factory.name} has no number of experts to change: it has no with_experts(number)")
     changed: AdapterFactory = own(number)
     return changed
+
+
+def expert_sizes(factory: AdapterFactory) -> tuple[float, ...] | None:
+    """`MethodConfig.expert_sizes` of any factory."""
+    declared: tuple[float, ...] | None = getattr(factory, "expert_sizes", None)
+    return declared
 
 
 def task_number(factory: AdapterFactory) -> int | None:

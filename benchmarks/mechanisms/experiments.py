@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
@@ -18,6 +17,9 @@ from benchmarks.methods.matching import count, nearest
 from benchmarks.protocols.protocol import UsageError
 from moepeft import AdapterFactory
 from moepeft.sites import find_sites
+
+# Columns of the long frame (`benchmarks.mechanisms.frame`) beside the score.
+Measure = Literal["swap_loss", "forgotten", "largest_share", "follows_size"]
 
 FOLDER = Path(__file__).parent / "experiments"
 
@@ -55,6 +57,7 @@ class Experiment(BaseModel):
         lesson: how students are trained.
         tuning: how rates are found.
         seeds: of the reported runs.
+        show: columns of the long frame that get a table of their own beside the scores.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +73,7 @@ class Experiment(BaseModel):
     lesson: Lesson = Lesson()
     tuning: Tuning = Tuning()
     seeds: tuple[int, ...] = tuple(range(10))
+    show: tuple[Measure, ...] = ("swap_loss",)
 
     def curricula(self) -> tuple[Curriculum, ...]:
         """Every combination of the varied fields, in the order of the file."""
@@ -122,8 +126,7 @@ def shortened(experiment: Experiment, *, steps: int | None, seeds: Sequence[int]
     """The experiment with another number of steps, or other seeds."""
     changes: dict[str, Any] = {}
     if steps is not None:
-        exams = tuple(exam for exam in experiment.lesson.exams if exam < steps)
-        changes["lesson"] = Lesson(**{**asdict(experiment.lesson), "steps": steps, "exams": exams})
+        changes["lesson"] = experiment.lesson.with_steps(steps)
     if seeds is not None:
         changes["seeds"] = tuple(seeds)
     return experiment.model_copy(update=changes)

@@ -68,6 +68,7 @@ class Outcome(_Strict):
         parameters: trainable numbers; None where the method could not be attached.
         bound: the highest mean R2 of a task-blind answer to this teacher.
         curve: by steps, R2 of every task.
+        usage: by steps, the mean gate of every expert (inner) on the rows of every task (outer).
         swapped: R2 of task row's rows under task column's id.
         seconds: of training and exams.
         machine: hash of the provenance, whose text stands in `machines.jsonl`.
@@ -79,6 +80,7 @@ class Outcome(_Strict):
     parameters: int | None = None
     bound: float
     curve: dict[int, tuple[float, ...]] = {}
+    usage: dict[int, tuple[tuple[float, ...], ...]] = {}
     swapped: tuple[tuple[float, ...], ...] = ()
     seconds: float
     machine: str
@@ -88,6 +90,25 @@ class Outcome(_Strict):
         """Mean R2 over tasks at the end; None if the run did not reach the end."""
         final = self.curve.get(self.run.lesson.steps)
         return None if final is None or self.status != "ok" else sum(final) / len(final)
+
+    @property
+    def forgotten(self) -> float | None:
+        """Mean R2 that the tasks taught first lost while the others were taught; None if all were taught at once."""
+        lesson = self.run.lesson
+        before, after = self.curve.get(lesson.first_steps), self.curve.get(lesson.steps)
+        if not lesson.first_tasks or before is None or after is None:
+            return None
+        first = range(lesson.first_tasks)
+        return sum(before[task] - after[task] for task in first) / len(first)
+
+    @property
+    def largest_share(self) -> float | None:
+        """The largest expert's share of all gates at the end, over all tasks; 1 is collapse, 1 / E is balance."""
+        used = self.usage.get(self.run.lesson.steps)
+        if not used:
+            return None
+        loads = [sum(column) for column in zip(*used, strict=True)]
+        return max(loads) / sum(loads) if sum(loads) else None
 
     @property
     def swap_loss(self) -> float | None:
@@ -121,10 +142,16 @@ def execute(run: Run, machine: str) -> Outcome:
         **facts,
         status="diverged" if report.diverged else "ok",
         parameters=report.parameters,
-        curve={step: tuple(round(share, 6) for share in shares) for step, shares in report.curve.items()},
-        swapped=tuple(tuple(round(share, 6) for share in row) for row in report.swapped.tolist()),
+        curve={step: _rounded(shares) for step, shares in report.curve.items()},
+        usage={step: tuple(map(_rounded, used.tolist())) for step, used in report.usage.items()},
+        swapped=tuple(map(_rounded, report.swapped.tolist())),
         seconds=round(time.perf_counter() - start, 3),
     )
+
+
+def _rounded(numbers: Iterable[float]) -> tuple[float, ...]:
+    """Six digits: an archive of thousands of runs stays small, and R2 is never read that far."""
+    return tuple(round(number, 6) for number in numbers)
 
 
 class Archive:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Lesson:
         average: decay of the moving average of the weights that is examined.
         exams: steps after which the student is examined; the last one is `steps`.
         exam_rows: per task.
+        first_tasks: if not 0, only this many tasks are taught at first, and only the others afterwards.
+        first_steps: how long only the first tasks are taught.
     """
 
     steps: int = 600
@@ -37,6 +40,27 @@ class Lesson:
     average: float = 0.98
     exams: tuple[int, ...] = (100, 200, 400, 600)
     exam_rows: int = 256
+    first_tasks: int = 0
+    first_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.first_tasks > 0) != (self.first_steps > 0) or self.first_steps >= self.steps:
+            raise ValueError(
+                f"first_tasks={self.first_tasks} and first_steps={self.first_steps} of {self.steps} steps: give both, "
+                "and steps for the tasks that come later, or neither"
+            )
+
+    def with_steps(self, steps: int, *, exams: bool = True) -> Self:
+        """The same lesson in another number of steps; the steps of the first tasks keep their share."""
+        first = max(1, self.first_steps * steps // self.steps) if self.first_tasks else 0
+        kept = tuple(exam for exam in self.exams if exam < steps) if exams else ()
+        return replace(self, steps=steps, exams=kept, first_steps=first)
+
+    def tasks_at(self, step: int, tasks: int) -> tuple[int, int]:
+        """The range of tasks that a step teaches, of so many; steps count from 1."""
+        if not self.first_tasks:
+            return 0, tasks
+        return (0, self.first_tasks) if step <= self.first_steps else (self.first_tasks, tasks)
 
 
 @dataclass(frozen=True)
@@ -46,12 +70,15 @@ class Report:
     Attributes:
         parameters: trainable numbers.
         curve: by number of steps, the explained share (R2) of every task.
+        usage: by number of steps, (T, E) the mean gate of every expert on a task's rows, mean over sites; empty for a
+            method without gates.
         swapped: (T, T) R2 of task row's answers under task column's id, after the last step.
         diverged: the loss or a gradient was not finite; the curve ends before that.
     """
 
     parameters: int
     curve: dict[int, tuple[float, ...]]
+    usage: dict[int, Tensor]
     swapped: Tensor
     diverged: bool = False
 
@@ -76,19 +103,22 @@ def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: fl
     averaged = _Average(adapters, lesson.average)
     parameters = sum(parameter.numel() for parameter in adapters.parameters())
     curve: dict[int, tuple[float, ...]] = {}
+    usage: dict[int, Tensor] = {}
     swapped = torch.full((teacher.tasks, teacher.tasks), float("nan"))
     diverged = False
     try:
         for step in _steps(teacher, host, adapters, lesson, rate, seed):
             averaged.update()
-            if step in lesson.exams or step == lesson.steps:
+            if step in lesson.exams or step in (lesson.first_steps, lesson.steps):
                 with averaged.applied():
                     curve[step] = tuple(examine(teacher, host, lesson).tolist())
+                    used = expert_usage(teacher, adapters, lesson)
+                    usage |= {} if used is None else {step: used}
                     if step == lesson.steps:
                         swapped = examine_swapped(teacher, host, lesson)
     except Divergence:
         diverged = True
-    return Report(parameters, curve, swapped, diverged)
+    return Report(parameters, curve, usage, swapped, diverged)
 
 
 def _steps(
@@ -102,7 +132,7 @@ def _steps(
     host.train()
     for step in range(1, lesson.steps + 1):
         x = torch.randn(lesson.rows, lesson.positions, _width(teacher), generator=draw)
-        tasks = torch.randint(teacher.tasks, (lesson.rows,), generator=draw)
+        tasks = torch.randint(*lesson.tasks_at(step, teacher.tasks), (lesson.rows,), generator=draw)
         error = (host(x, task_ids=tasks) - teacher.answer(x, tasks)).square().mean()
         (error + adapters.aux_loss()).backward()
         norm = nn.utils.clip_grad_norm_(trained, lesson.clip_norm)
@@ -182,6 +212,22 @@ def examine_swapped(teacher: Teacher, host: nn.Module, lesson: Lesson, *, own_on
             given = host(x, task_ids=torch.full((len(x),), told))
             table[task, told] = 1 - (given - right).square().mean() / effect
     return table
+
+
+@torch.no_grad()
+def expert_usage(teacher: Teacher, adapters: Attachment, lesson: Lesson) -> Tensor | None:
+    """(T, E): how much each task's rows use each expert, mean over sites; None if no site has gates."""
+    adapters.model.eval()
+    x = exam(teacher, lesson)
+    used = []
+    for task in range(teacher.tasks):
+        with adapters.recording() as statistics:
+            adapters.model(x, task_ids=torch.full((len(x),), task))
+        gates = [site["gates"] for site in statistics.values() if "gates" in site]
+        if not gates or len({gate.shape[-1] for gate in gates}) > 1:
+            return None
+        used.append(torch.stack([gate.flatten(0, -2).mean(dim=0) for gate in gates]).mean(dim=0))
+    return torch.stack(used)
 
 
 @torch.no_grad()

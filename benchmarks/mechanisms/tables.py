@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks.mechanisms.experiments import Experiment
+from benchmarks.mechanisms.experiments import Experiment, Measure
 from benchmarks.reporting.render import Table
 
 LEVEL = 0.95
@@ -22,7 +22,8 @@ def mechanism_tables(experiment: Experiment, frame: pd.DataFrame) -> list[Table]
     own = frame[frame["size"].isna()]
     tables = []
     if len(own):
-        tables = [scores_table(experiment, own), pairs_table(experiment, own), swaps_table(experiment, own)]
+        tables = [scores_table(experiment, own), pairs_table(experiment, own)]
+        tables += [measure_table(experiment, own, measure) for measure in experiment.show]
     return [*tables, *([multipliers_table(experiment, frame)] if experiment.ranks_of_reference else [])]
 
 
@@ -114,16 +115,44 @@ def pairs_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
     return Table(f"{experiment.name}-pairs", f"All pairs ({experiment.name})", text, data, notes)
 
 
-def swaps_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
-    """What a wrong task id costs at inference."""
+MEASURES: dict[Measure, tuple[str, str]] = {
+    "swap_loss": (
+        "Wrong ids",
+        "Mean R2 with the right id minus with a wrong one. 0: the method does not listen to ids.",
+    ),
+    "forgotten": (
+        "Tasks added later",
+        "Mean R2 that the tasks taught first lost while the others were taught. 0: nothing is forgotten.",
+    ),
+    "largest_share": (
+        "Load of the experts",
+        "Share of the largest expert in all gates at the end. 1: collapse. One over the number of experts: balance.",
+    ),
+    "follows_size": (
+        "Size of the chosen experts",
+        (
+            "Spearman's correlation over tasks: the teacher's scale or rank with the mean size of the chosen experts. "
+            "0: the choice does not follow the truth."
+        ),
+    ),
+}
+
+
+def measure_table(experiment: Experiment, frame: pd.DataFrame, measure: Measure) -> Table:
+    """One further measure by method and teacher."""
     columns = _teachers(experiment, frame)
-    rows = [
-        {"method": name}
-        | {_heading(where): shown(some[_matches(some, where)]["swap_loss"]) for where in _each(columns)}
-        for name, some in frame.groupby("method", sort=False)
-    ]
-    notes = ("Mean R2 with the right id minus with a wrong one. 0: the method does not listen to ids.",)
-    return Table(f"{experiment.name}-swaps", f"Wrong ids ({experiment.name})", pd.DataFrame(rows), frame, notes)
+    title, note = MEASURES[measure]
+    rows = []
+    for name, some in frame.groupby("method", sort=False):
+        defined = some[some["status"] == "ok"]
+        cells = {_heading(where): defined[_matches(defined, where)][measure] for where in _each(columns)}
+        texts = {heading: "-" if values.isna().all() else shown(values) for heading, values in cells.items()}
+        if set(texts.values()) != {"-"}:
+            rows.append({"method": name, **texts})
+    notes = (note, "-: the method has no such thing.")
+    data = frame[["experiment", "method", *columns, "seed", measure, "run"]]
+    text = pd.DataFrame(rows, columns=["method", *map(_heading, _each(columns))])
+    return Table(f"{experiment.name}-{measure.replace('_', '-')}", f"{title} ({experiment.name})", text, data, notes)
 
 
 # ---------------------------------------------------------------------- parameters at equal score

@@ -106,6 +106,15 @@ class Curriculum:
             raise ValueError(f"structure={self.structure!r}, wanted one of {', '.join(STRUCTURES)}")
 
 
+def true_sizes(plan: Curriculum) -> tuple[int, ...] | None:
+    """The scale or rank of every task's own update, where the structure mixes several; else None."""
+    if plan.structure == "pyramid":
+        return tuple(PYRAMID_SCALES[task % len(PYRAMID_SCALES)] for task in range(plan.tasks))
+    if plan.structure == "nested":
+        return tuple(task % LARGEST_RANK + 1 for task in range(plan.tasks))
+    return None
+
+
 def make_teacher(plan: Curriculum, seed: int = 0) -> Teacher:
     """Draw a teacher; equal arguments give equal teachers."""
     draw = torch.Generator().manual_seed(seed)
@@ -144,8 +153,8 @@ def _kronecker(weight: Tensor, tasks: int, rank: int, scale: int, draw: torch.Ge
 
 def _pyramid(weight: Tensor, tasks: int, rank: int, _: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """The same with a scale for every task: the pyramid that EPT is made for."""
-    scales = [PYRAMID_SCALES[task % len(PYRAMID_SCALES)] for task in range(tasks)]
-    grown = _grow(weight, rank, [min(PYRAMID_SCALES), *scales], draw)
+    own = [PYRAMID_SCALES[task % len(PYRAMID_SCALES)] for task in range(tasks)]
+    grown = _grow(weight, rank, [min(PYRAMID_SCALES), *own], draw)
     return grown[0], torch.stack(grown[1:])
 
 

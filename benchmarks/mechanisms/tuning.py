@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from benchmarks.mechanisms.experiments import Experiment
 from benchmarks.mechanisms.runs import Archive, Run, plan_run
-from benchmarks.mechanisms.students import Lesson
 
 Execute = Callable[[Sequence[Run]], None]
 
@@ -87,7 +86,7 @@ def _scores(
 
 def trial_runs(experiment: Experiment, method: str, rate: float, steps: int) -> list[Run]:
     """The runs of one trial: all teachers and sizes of the experiment, on the tuning seeds."""
-    lesson = Lesson(**{**asdict(experiment.lesson), "steps": steps, "exams": ()})
+    lesson = experiment.lesson.with_steps(steps, exams=False)
     return [
         plan_run(curriculum, lesson, method, factory, rate, seed)
         for curriculum in experiment.curricula()

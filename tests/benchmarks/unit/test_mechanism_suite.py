@@ -87,7 +87,7 @@ def test_a_suite_is_resumed_from_its_archive_and_its_tables_come_from_it_alone(t
     run_mechanisms([TINY], ["more"], tmp_path, jobs=1, command="test", say=said.append)
     before = (tmp_path / "runs.jsonl").read_bytes()
     tables = {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
-    assert {"tiny-scores.md", "tiny-pairs.csv", "tiny-swaps.md"} <= set(tables)
+    assert {"tiny-scores.md", "tiny-pairs.csv", "tiny-swap-loss.md"} <= set(tables)
     run_mechanisms([TINY], ["more"], tmp_path, jobs=1, command="test", say=said.append)
     assert (tmp_path / "runs.jsonl").read_bytes() == before
     assert {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()} == tables
@@ -206,3 +206,27 @@ def test_wrong_experiments_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_suite_has_a_reference_and_an_oracle_whatever_was_asked_for(tmp_path: Path) -> None:
     assert TINY.contestants(["ept", "lora"]) == ("lora", "ept", "moelora")
     assert Suite(tmp_path, ["ept"], jobs=1, command="", say=print).archive.root == tmp_path
+
+
+def test_later_tasks_are_taught_alone_and_what_the_first_ones_lose_is_measured(tmp_path: Path) -> None:
+    lesson = dataclasses.replace(TINY.lesson, first_tasks=2, first_steps=6)
+    assert [lesson.tasks_at(step, 3) for step in (1, 6, 7, 12)] == [(0, 2), (0, 2), (2, 3), (2, 3)]
+    assert lesson.with_steps(4).first_steps == 2
+    with pytest.raises(ValueError, match="first_steps"):
+        dataclasses.replace(TINY.lesson, first_tasks=2)
+    curriculum = TINY.curricula()[-1]
+    factory = moepeft.method("moelora", num_tasks=3)
+    outcome = execute(plan_run(curriculum, lesson, "moelora", factory, 1e-2, 0), "none")
+    before, after = outcome.curve[6], outcome.curve[12]
+    assert outcome.forgotten == pytest.approx((before[0] - after[0] + before[1] - after[1]) / 2)
+    once = execute(plan_run(curriculum, TINY.lesson, "moelora", factory, 1e-2, 0), "none")
+    assert once.forgotten is None
+
+
+def test_the_load_of_experts_is_a_share() -> None:
+    factory = moepeft.method("moelora", num_tasks=3)
+    outcome = execute(plan_run(TINY.curricula()[0], TINY.lesson, "moelora", factory, 1e-2, 0), "none")
+    used = np.array(outcome.usage[12])
+    assert used.shape == (3, factory.num_experts)  # type: ignore[attr-defined]
+    assert used.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-4)
+    assert outcome.largest_share == pytest.approx(used.sum(axis=0).max() / 3, abs=1e-4)
