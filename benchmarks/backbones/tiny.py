@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.protocols.protocol import Family, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Family
 from benchmarks.protocols.seeds import torch_stream
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

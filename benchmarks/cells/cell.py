@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +21,10 @@ from benchmarks.families import AnyAttachment, Model, family_of
 from benchmarks.families.batch import Ledger, TokenisedTask
 from benchmarks.methods.peft import PeftBaseline
 from benchmarks.plan.cells import PlannedCell, trains
-from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.records.failures import one_line, status_of, traceback_tail
 from benchmarks.records.provenance import gather
 from benchmarks.records.schema import Budget, Parameters, Routing, RunRecord, Status, Timing
-from benchmarks.reporting.comparable import without_rates
 from benchmarks.tasks.base import TaskData
 from moepeft.errors import Unsupported
 from moepeft.protocols import AdapterFactory
@@ -39,17 +35,15 @@ class Bench:
     """What all cells of a run share.
 
     Attributes:
-        protocol: with the precision resolved.
         data: the tasks' rows, in the order of the protocol.
         tasks: the same, tokenised.
         tokenizer: of the backbone.
         source: where the backbone comes from.
         device: where to run.
         command: as it was typed.
-        timed: whether cells end with a timing pass; not if others run beside them, nor for trials.
+        timed: whether cells end with a timing pass; not if others run beside them.
     """
 
-    protocol: Protocol
     data: tuple[TaskData, ...]
     tasks: tuple[TokenisedTask, ...]
     tokenizer: Any
@@ -103,8 +97,7 @@ def run_cell(
     planned: PlannedCell, bench: Bench, on_step: Callable[[int], None]
 ) -> tuple[RunRecord, pd.DataFrame | None]:
     """Run one cell to its record, whatever happens on the way; and its per-example outcomes if it got that far."""
-    bench = dataclasses.replace(bench, protocol=planned.protocol)
-    provenance = gather(bench.device, bench.protocol.precision, bench.command)
+    provenance = gather(bench.device, planned.cell.protocol.precision, bench.command)
     found = _Findings()
     status: Status = "ok"
     reason = trace = None
@@ -131,8 +124,7 @@ def run_cell(
         memory=None if measurement is None else measurement.memory,
         curve=found.log.curve,
         backbone=found.backbone,
-        data={task.spec.name: task.source for task in bench.data},
-        fingerprints={task.spec.name: task.fingerprint for task in bench.data},
+        sources={task.spec.name: task.source for task in bench.data},
         routing=found.routing,
         outcomes=None,  # named by the store
         provenance=provenance,
@@ -141,7 +133,7 @@ def run_cell(
 
 
 def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
-    protocol = bench.protocol
+    protocol = planned.cell.protocol
     if planned.refusal is not None:
         raise Unsupported(planned.refusal)
     if planned.cell.method == "majority":
@@ -174,7 +166,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
     found.evaluate_seconds = time.perf_counter() - start
     if protocol.evaluate_on == "reported":
         found.routing = collect(model, bench.tasks, family, padding, autocast=protocol.precision == "bf16")
-    if not bench.timed or trainer is None:
+    if not bench.timed or planned.cell.trial or trainer is None:
         return
     found.measurement = measure(
         trainer,
@@ -187,7 +179,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
 
 
 def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Model:
-    protocol, seed = bench.protocol, planned.cell.seed
+    protocol, seed = planned.cell.protocol, planned.cell.seed
     specs = [task.spec for task in bench.tasks]
     model = family_of(protocol).load(bench.source, specs, protocol, seed, bench.tokenizer)
     found.backbone = describe(bench.source, model.backbone)
@@ -235,27 +227,3 @@ def _count(model: Model | None, attachment: AnyAttachment | None, tasks: int) ->
 
 def _numbers(parameters: Iterable[torch.nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-# ---------------------------------------------------------------------- afterwards
-
-
-def budget_differences(records: Sequence[RunRecord]) -> list[str]:
-    """One line for every pair of finished cells that should have consumed the same, at any rate, and did not."""
-    first: dict[str, RunRecord] = {}
-    problems = []
-    for record in records:
-        if record.status != "ok" or record.budget is None:
-            continue
-        key = json.dumps([without_rates(record.cell.protocol), record.cell.seed], sort_keys=True)
-        other = first.setdefault(key, record)
-        assert other.budget is not None
-        mine, theirs = record.budget.model_dump(), other.budget.model_dump()
-        differing = [name for name in mine if mine[name] != theirs[name]]
-        if differing:
-            details = ", ".join(f"{name} {mine[name]} and {theirs[name]}" for name in differing)
-            problems.append(
-                f"{record.cell.method} ({record.cell.id}) and {other.cell.method} ({other.cell.id}), "
-                f"seed {record.cell.seed}, did not consume the same: {details}"
-            )
-    return problems

@@ -41,7 +41,7 @@ def run_cells(waiting: Sequence[PlannedCell], bench: Bench, store: Store, consol
     for number, planned in enumerate(waiting, start=1):
         title = f"[{number}/{len(waiting)}] {planned.title}"
         start = time.perf_counter()
-        with _progress(title, planned.protocol.steps, console) as on_step:
+        with _progress(title, planned.cell.protocol.steps, console) as on_step:
             record, outcomes = cells.run_cell(planned, bench, on_step)
         store.put(record, outcomes)
         console.print(_line(title, record, start))
@@ -179,12 +179,11 @@ class _Pool:
             cell=worker.planned.cell,
             status="error",
             reason=f"the process that ran it {how}; --rerun failed runs it again",
-            data={task.spec.name: task.source for task in bench.data},
-            fingerprints={task.spec.name: task.fingerprint for task in bench.data},
+            sources={task.spec.name: task.source for task in bench.data},
             backbone=None,
             routing=None,
             outcomes=None,
-            provenance=gather(bench.device, bench.protocol.precision, bench.command),
+            provenance=gather(bench.device, worker.planned.cell.protocol.precision, bench.command),
         )
 
     def _stop_all(self) -> None:

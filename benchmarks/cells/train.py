@@ -95,7 +95,7 @@ def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Proto
     ]
     optimiser = torch.optim.AdamW(groups)
     schedule = get_scheduler(
-        protocol.schedule,
+        "linear",
         optimiser,
         num_warmup_steps=protocol.warmup_steps,
         num_training_steps=protocol.steps,

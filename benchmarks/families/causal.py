@@ -24,7 +24,8 @@ from benchmarks.families.text import (
     most_candidates,
     prompts_and_answers,
 )
-from benchmarks.protocols.protocol import Protocol, Scoring, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Protocol, Scoring
 from benchmarks.tasks.base import Example, TaskSpec
 
 

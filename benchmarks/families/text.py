@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from benchmarks.families.base import UNREADABLE, Model
 from benchmarks.families.batch import Answers, Batch, Row, padded
 from benchmarks.families.prompts import Render, Section, answers_of, base_name, gold_of, grid, sections_of
-from benchmarks.protocols.protocol import Scoring, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Scoring
 from benchmarks.tasks.base import Example, TaskSpec
 
 IGNORED = -100

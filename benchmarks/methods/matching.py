@@ -24,7 +24,8 @@ from benchmarks.backbones.load import (
 )
 from benchmarks.methods.peft import PeftBaseline
 from benchmarks.plan.cells import Method, parse_methods
-from benchmarks.protocols.protocol import Family, Protocol, UsageError
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Family, Suite
 from moepeft import config
 from moepeft.errors import ConfigError, NoMatchingSite, Unsupported
 from moepeft.protocols import AdapterFactory, LinearSite
@@ -67,23 +68,23 @@ class Match:
 
 
 def matched_methods(
-    protocol: Protocol, methods: Mapping[str, Method], source: BackboneSource
-) -> tuple[Protocol, dict[str, Method], dict[str, str]]:
+    suite: Suite, methods: Mapping[str, Method], source: BackboneSource
+) -> tuple[Suite, dict[str, Method], dict[str, str]]:
     """Bring all methods to one size.
 
     Returns:
-        The protocol with the target in numbers; the methods, each at its nearest size; by name, why one cannot be run.
+        The suite with the target in numbers; the methods, each at its nearest size; by name, why one cannot be run.
 
     Raises:
         UsageError: there is no reference to match.
     """
-    sites = backbone_sites(source, protocol.family)
-    target = protocol.target_parameters
+    sites = backbone_sites(source, suite.family)
+    target = suite.target_parameters
     if target is None:
-        assert protocol.reference is not None
-        reference = parse_methods(protocol.reference, num_tasks=len(protocol.tasks))[protocol.reference]
+        assert suite.reference is not None
+        reference = parse_methods(suite.reference, num_tasks=len(suite.tasks))[suite.reference]
         if reference is None or isinstance(reference, PeftBaseline):
-            raise UsageError(f"the size of {protocol.reference} is known in no closed form; give --target-parameters")
+            raise UsageError(f"the size of {suite.reference} is known in no closed form; give --target-parameters")
         target = count(reference, sites)
     found: dict[str, Method] = {}
     refusals: dict[str, str] = {}
@@ -91,7 +92,7 @@ def matched_methods(
         found[name], refusal = _matched(name, factory, sites, target)
         if refusal is not None:
             refusals[name] = refusal
-    return protocol.with_overrides(target_parameters=target), found, refusals
+    return suite.with_overrides(target_parameters=target), found, refusals
 
 
 def _matched(name: str, factory: Method, sites: Sequence[LinearSite], target: int) -> tuple[Method, str | None]:

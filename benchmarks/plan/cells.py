@@ -11,7 +11,7 @@ from typing import Any, cast
 import moepeft
 from benchmarks.methods.peft import SPEC_PREFIX, PeftBaseline
 from benchmarks.protocols.protocol import Protocol
-from benchmarks.records.schema import Cell
+from benchmarks.records.schema import Cell, Tuning
 from benchmarks.tasks.base import TaskData
 from moepeft.config import ablations
 from moepeft.errors import UnknownMethod
@@ -35,19 +35,17 @@ class PlannedCell:
     Attributes:
         cell: its identity.
         factory: of the method; None for the baselines that attach nothing.
-        protocol: the run's own, but for a learning rate that was tuned for the method.
         refusal: why it cannot be run as asked; it then becomes a row that says so.
     """
 
     cell: Cell
     factory: Method
-    protocol: Protocol
     refusal: str | None = None
 
     @property
     def name(self) -> str:
-        """The method and, where settings are tried on the fold, the rate."""
-        trial = f" trial at {self.protocol.learning_rate:g}" if self.protocol.evaluate_on == "fold" else ""
+        """The method and, of a trial, the rate."""
+        trial = f" trial at {self.cell.protocol.learning_rate:g}" if self.cell.trial else ""
         return f"{self.cell.method}{trial}"
 
     @property
@@ -107,8 +105,10 @@ def expand(
     protocol: Protocol,
     methods: Mapping[str, Method],
     data: Sequence[TaskData],
+    seeds: Sequence[int],
     *,
-    tuned: Mapping[str, Any] | None = None,
+    tuned: Tuning | None = None,
+    trial: bool = False,
     refusals: Mapping[str, str] | None = None,
 ) -> list[PlannedCell]:
     """All cells, seed by seed. The rows' fingerprints belong to the identity: other data, other cells.
@@ -117,20 +117,27 @@ def expand(
         protocol: of all of them.
         methods: factories by name.
         data: the tasks' rows.
+        seeds: each is run with every method.
         tuned: how the learning rate was found, if it was.
+        trial: whether a learning rate is to be chosen by these cells.
         refusals: by name of the method, why it cannot be run as asked.
     """
-    identity = {**protocol.identity(), "data": {task.spec.name: task.fingerprint for task in data}}
-    if tuned is not None:
-        identity["tuned"] = dict(tuned)
+    fingerprints = {task.spec.name: task.fingerprint for task in data}
     return [
         PlannedCell(
-            Cell(protocol=identity, method=name, config=_config(factory), seed=seed),
+            Cell(
+                protocol=protocol,
+                data=fingerprints,
+                method=name,
+                config=_config(factory),
+                seed=seed,
+                tuned=tuned,
+                trial=trial,
+            ),
             factory,
-            protocol,
             (refusals or {}).get(name),
         )
-        for seed in protocol.seeds
+        for seed in seeds
         for name, factory in methods.items()
     ]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from benchmarks.protocols.protocol import Protocol, UsageError, load_protocol
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Suite, load_suite
 
 # torch is imported where it is needed: `--help` and wrong flags answer at once.
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ class Options:
     """Print the cells and which are done, then stop."""
 
 
-def resolve_protocol(options: Options) -> Protocol:
-    """The suite's protocol with the overrides of the command line; raises `UsageError` in one line."""
-    protocol = load_protocol(options.suite)
+def resolve_suite(options: Options) -> Suite:
+    """The suite with the overrides of the command line; raises `UsageError` in one line."""
+    suite = load_suite(options.suite)
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UsageError(f"--data-dir {options.data_dir}: no such folder")
     if not any(name.strip() for name in options.methods.split(",")):
@@ -82,10 +83,10 @@ def resolve_protocol(options: Options) -> Protocol:
         raise UsageError(f"--jobs {options.jobs}: give the number of cells to run at once, 1 or more")
     parse_shard(options.shard)
     rates = _rates(options.tune)
-    if options.learning_rate is not None and (protocol.tuning_rates if rates is None else rates):
+    if options.learning_rate is not None and (suite.tuning_rates if rates is None else rates):
         raise UsageError("--learning-rate and tuned rates exclude each other; --tune none gives one rate to all")
-    return protocol.with_overrides(
-        tasks=_task_names(options.tasks) if options.tasks is not None else protocol_tasks(protocol),
+    return suite.with_overrides(
+        tasks=_task_names(options.tasks) if options.tasks is not None else suite_tasks(suite),
         seeds=_seeds(options.seeds),
         backbone=options.backbone,
         steps=options.steps,
@@ -102,9 +103,9 @@ def resolve_protocol(options: Options) -> Protocol:
     )
 
 
-def protocol_tasks(protocol: Protocol) -> tuple[str, ...]:
-    """The tasks of a protocol, checked to exist."""
-    return _known_tasks(protocol.tasks)
+def suite_tasks(suite: Suite) -> tuple[str, ...]:
+    """The tasks of a suite, checked to exist."""
+    return _known_tasks(suite.tasks)
 
 
 def _task_names(text: str) -> tuple[str, ...]:

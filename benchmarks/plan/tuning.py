@@ -7,13 +7,12 @@ a folder of their own and never run twice. The reported cells carry the rate in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from benchmarks.plan.cells import HEADS_ONLY, Method, PlannedCell, expand, trains
-from benchmarks.plan.trials import read_trials
-from benchmarks.protocols.protocol import Protocol
-from benchmarks.records.schema import RunRecord
+from benchmarks.protocols.protocol import Protocol, Suite
+from benchmarks.records.schema import RunRecord, Tuning
 from benchmarks.records.store import Store
+from benchmarks.records.trials import read_trials
 from benchmarks.tasks.base import TaskData
 
 
@@ -24,29 +23,24 @@ def at_rate(protocol: Protocol, method: str, rate: float) -> Protocol:
 
 
 def trial_cells(
-    protocol: Protocol,
+    suite: Suite,
     methods: Mapping[str, Method],
     data: Sequence[TaskData],
     refusals: Mapping[str, str] | None = None,
 ) -> list[PlannedCell]:
     """Every trial, method by method: each that trains, and can be run as asked, at each rate."""
-    trial = protocol.with_overrides(
-        evaluate_on="fold",
-        steps=protocol.tuning_steps or protocol.steps,
-        seeds=(protocol.tuning_seed,),
-        tuning_rates=(),
-    )
+    trial = suite.protocol.with_overrides(evaluate_on="fold", steps=suite.tuning_steps)
     return [
         planned
         for name, factory in methods.items()
         if trains(name) and name not in (refusals or {})
-        for rate in sorted(protocol.tuning_rates)
-        for planned in expand(at_rate(trial, name, rate), {name: factory}, data)
+        for rate in sorted(suite.tuning_rates)
+        for planned in expand(at_rate(trial, name, rate), {name: factory}, data, (suite.tuning_seed,), trial=True)
     ]
 
 
 def tuned_cells(
-    protocol: Protocol,
+    suite: Suite,
     methods: Mapping[str, Method],
     data: Sequence[TaskData],
     rates: Mapping[str, float],
@@ -57,31 +51,31 @@ def tuned_cells(
         planned
         for name, factory in methods.items()
         for planned in expand(
-            at_rate(protocol, name, rates[name]) if name in rates else protocol,
+            at_rate(suite.protocol, name, rates[name]) if name in rates else suite.protocol,
             {name: factory},
             data,
-            tuned=how_tuned(protocol),
+            suite.seeds,
+            tuned=how_tuned(suite),
             refusals=refusals,
         )
     ]
-    return sorted(cells, key=lambda planned: protocol.seeds.index(planned.cell.seed))
+    return sorted(cells, key=lambda planned: suite.seeds.index(planned.cell.seed))
 
 
-def how_tuned(protocol: Protocol) -> dict[str, Any]:
+def how_tuned(suite: Suite) -> Tuning:
     """What of the tuning belongs to the identity of a reported cell."""
-    return {
-        "rates": sorted(protocol.tuning_rates),
-        "seed": protocol.tuning_seed,
-        "steps": protocol.tuning_steps or protocol.steps,
-        # The heads' rate beside an adapter; it stands here since that of the heads alone is tuned.
-        "head_learning_rate": protocol.head_learning_rate,
-    }
+    return Tuning(
+        rates=tuple(sorted(suite.tuning_rates)),
+        seed=suite.tuning_seed,
+        steps=suite.tuning_steps or suite.steps,
+        head_learning_rate=suite.head_learning_rate,
+    )
 
 
 def chosen_rates(cells: Iterable[PlannedCell], store: Store) -> dict[str, float]:
     """The best rate by method, of those whose trials are all there."""
     found: dict[str, dict[float, RunRecord | None]] = {}
     for planned in cells:
-        found.setdefault(planned.cell.method, {})[planned.protocol.learning_rate] = store.find(planned.cell)
+        found.setdefault(planned.cell.method, {})[planned.cell.protocol.learning_rate] = store.find(planned.cell)
     trials = [read_trials(method, records) for method, records in found.items()]
     return {one.method: one.best for one in trials if one.complete}

@@ -1,13 +1,14 @@
-"""What all methods of a comparison share: one frozen, validated object read from a TOML file.
+"""What all methods of a comparison share: frozen, validated objects read from a TOML file.
 
-A method brings its own configuration and nothing else. Whatever is in here is part of the identity of a result.
+A `Protocol` decides the result of a run, together with the method's own configuration and the seed. A `Suite` is a
+protocol, the seeds it is run with and the learning rates that are tried first.
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from benchmarks.protocols.errors import UsageError
+
 PROTOCOL_FOLDER = Path(__file__).parent
 
 # Raise it whenever a change of this package changes the numbers a run gives: old records are then not reused.
@@ -28,10 +31,7 @@ NUMERICS_VERSION = 2
 Precision = Literal["auto", "fp32", "bf16"]
 Family = Literal["encoder", "seq2seq", "causal"]
 Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
-
-
-class UsageError(ValueError):
-    """A flag or a protocol file asks for something that does not exist; the message is one line."""
+ProtocolType = TypeVar("ProtocolType", bound="Protocol")
 
 
 class _Frozen(BaseModel):
@@ -48,7 +48,7 @@ class TimingPlan(_Frozen):
 
 
 class Protocol(_Frozen):
-    """Tasks, backbone, data order, optimiser, precision and measurement of one comparison."""
+    """Tasks, backbone, data order, optimiser, precision and measurement of a run; all of it decides the result."""
 
     name: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -70,8 +70,9 @@ class Protocol(_Frozen):
     learning_rate: PositiveFloat = 2e-3
     head_learning_rate: PositiveFloat | None = Field(default=None, description="None: the same as `learning_rate`")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="not applied to vectors and scalars")
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.06
-    schedule: Literal["linear"] = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.06, description="share of the steps over which the rate rises; it then falls linearly to zero"
+    )
     clip_norm: PositiveFloat = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=0.0, description="every dropout rate of the backbone; None: as its configuration has them"
@@ -81,7 +82,6 @@ class Protocol(_Frozen):
         default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
     )
     max_length: Annotated[int, Field(ge=8)] = 128
-    pooling: Literal["mean"] = "mean"
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
     )
@@ -104,29 +104,15 @@ class Protocol(_Frozen):
     target_parameters: PositiveInt | None = Field(
         default=None, description="trainable adapter numbers of the matched track; None: as many as the reference has"
     )
-    tuning_rates: tuple[PositiveFloat, ...] = Field(
-        default=(), description="learning rates that every method tries on the fold; empty: `learning_rate` for all"
-    )
-    tuning_seed: Annotated[int, Field(ge=0)] = Field(default=1000, description="of the trials; never a reported seed")
-    tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
     log_every: PositiveInt = 10
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     timing: TimingPlan = TimingPlan()
 
     @model_validator(mode="after")
-    def _no_duplicates(self) -> Self:
-        for field, values in (("tasks", self.tasks), ("seeds", self.seeds), ("tuning_rates", self.tuning_rates)):
-            twice = sorted({str(value) for value in values if values.count(value) > 1})
+    def _lists_without_duplicates(self) -> Self:
+        for field, values in self:
+            twice = sorted({str(value) for value in values if values.count(value) > 1}) if _is_list(values) else []
             if twice:
                 raise ValueError(f"{field} lists {', '.join(twice)} twice")
-        return self
-
-    @model_validator(mode="after")
-    def _tuned_apart_from_what_is_reported(self) -> Self:
-        if self.tuning_rates and self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds; give another one")
-        if self.tuning_rates and self.evaluate_on == "fold":
-            raise ValueError("tuning scores its trials on the fold: with evaluate_on = fold nothing is left to report")
         return self
 
     @model_validator(mode="after")
@@ -142,19 +128,34 @@ class Protocol(_Frozen):
         """Steps over which the learning rate rises."""
         return round(self.warmup_ratio * self.steps)
 
-    def with_overrides(self, **overrides: Any) -> Protocol:
+    def with_overrides(self, **overrides: Any) -> Self:
         """A copy with the given fields replaced and validated; fields that are None stay as they are."""
         changes = {name: value for name, value in overrides.items() if value is not None}
-        return _validate({**self.model_dump(), **changes}, f"protocol {self.name}")
+        return _validate(type(self), {**self.model_dump(), **changes}, f"protocol {self.name}")
 
-    def identity(self) -> dict[str, Any]:
-        """What of the protocol decides a result.
 
-        The list of seeds does not: every cell has a seed of its own. How a rate was tuned enters with the cells that
-        have a tuned rate (`benchmarks.plan.tuning`); its trials are cells like all others.
-        """
-        apart = {"seeds", "tuning_rates", "tuning_seed", "tuning_steps"}
-        return {**self.model_dump(mode="json", exclude=apart), "numerics_version": NUMERICS_VERSION}
+class Suite(Protocol):
+    """A protocol, the seeds it is run with, and how every method's learning rate is chosen before that."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    tuning_rates: tuple[PositiveFloat, ...] = Field(
+        default=(), description="learning rates that every method tries on the fold; empty: `learning_rate` for all"
+    )
+    tuning_seed: Annotated[int, Field(ge=0)] = Field(default=1000, description="of the trials; never a reported seed")
+    tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
+
+    @model_validator(mode="after")
+    def _tuned_apart_from_what_is_reported(self) -> Self:
+        if self.tuning_rates and self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds; give another one")
+        if self.tuning_rates and self.evaluate_on == "fold":
+            raise ValueError("tuning scores its trials on the fold: with evaluate_on = fold nothing is left to report")
+        return self
+
+    @property
+    def protocol(self) -> Protocol:
+        """What every run of the suite shares, without seeds and tuning."""
+        return Protocol.model_validate(self.model_dump(include=set(Protocol.model_fields)))
 
 
 def available_suites() -> tuple[str, ...]:
@@ -162,8 +163,8 @@ def available_suites() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in PROTOCOL_FOLDER.glob("*.toml")))
 
 
-def load_protocol(suite: str) -> Protocol:
-    """Read a protocol by the name of a suite or by the path of a TOML file.
+def load_suite(suite: str) -> Suite:
+    """Read a suite by its name or by the path of a TOML file.
 
     Raises:
         UsageError: no such suite, unreadable TOML, an unknown field or a value out of range.
@@ -179,12 +180,16 @@ def load_protocol(suite: str) -> Protocol:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from error
-    return _validate({"name": path.stem, **fields}, str(path))
+    return _validate(Suite, {"name": path.stem, **fields}, str(path))
 
 
-def _validate(fields: dict[str, Any], where: str) -> Protocol:
+def _is_list(value: object) -> TypeGuard[tuple[object, ...]]:
+    return isinstance(value, tuple)
+
+
+def _validate(kind: type[ProtocolType], fields: dict[str, Any], where: str) -> ProtocolType:
     try:
-        return Protocol.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         problems = (
             f"{'.'.join(map(str, one['loc'])) or 'fields'}: {one['msg']}"

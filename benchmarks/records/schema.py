@@ -8,7 +8,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION: Final = 2
+from benchmarks.protocols.protocol import NUMERICS_VERSION, Protocol
+
+SCHEMA_VERSION: Final = 3
 
 Status = Literal["ok", "diverged", "oom", "timeout", "unsupported", "error", "interrupted"]
 
@@ -18,17 +20,32 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+class Tuning(_Strict):
+    """How the learning rate of a reported cell was found."""
+
+    rates: tuple[float, ...] = Field(description="every rate that was tried, rising")
+    seed: int = Field(description="of the trials")
+    steps: int = Field(description="of a trial")
+    head_learning_rate: float | None = Field(
+        description="the rate of the heads beside an adapter, as the heads' own rate is tuned where they train alone"
+    )
+
+
 class Cell(_Strict):
-    """What decides a result: the resolved protocol, the method with every default, the seed.
+    """What decides a result: the resolved protocol, the rows, the method with every default, the seed.
 
     Two cells with equal content are the same cell: its id is the SHA-256 of the canonical JSON. Paths and hardware
     are left out on purpose, so that a record keeps its name on another machine.
     """
 
-    protocol: dict[str, Any]
+    protocol: Protocol
+    data: dict[str, str] = Field(description="task name -> SHA-256 of its rows")
     method: str = Field(description="as written on the command line: name or name@preset")
     config: dict[str, Any] = Field(description="the method's resolved configuration; empty for the baselines")
     seed: int
+    tuned: Tuning | None = Field(None, description="None: every method has the rate of the protocol")
+    trial: bool = Field(False, description="a run that a learning rate is chosen by, not a reported one")
+    numerics_version: int = NUMERICS_VERSION
 
     @property
     def id(self) -> str:
@@ -178,7 +195,7 @@ class Provenance(_Strict):
 class RunRecord(_Strict):
     """Everything known of one cell. `status` other than ``ok`` keeps what there was and says why in `reason`."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     cell: Cell
     status: Status
     reason: str | None = None
@@ -190,8 +207,7 @@ class RunRecord(_Strict):
     memory: Memory | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
     backbone: str | None = Field(None, description="one line: model, parameters, revision, what it was trained on")
-    data: dict[str, str] = Field(default_factory=dict, description="task name -> source line")
-    fingerprints: dict[str, str] = Field(default_factory=dict, description="task name -> SHA-256 of its rows")
+    sources: dict[str, str] = Field(default_factory=dict, description="task name -> where its rows come from")
     routing: Routing | None = Field(None, description="None for what has no experts")
     outcomes: str | None = Field(None, description="file name of the per-example outcomes (parquet)")
     provenance: Provenance

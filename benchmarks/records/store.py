@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -27,19 +27,6 @@ from benchmarks.records.schema import SCHEMA_VERSION, Cell, RunRecord
 OUTCOME_COLUMNS = ("task", "index", "label", "prediction", "correct")
 
 Read = TypeVar("Read")
-Migration = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def _without_routing(data: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 knew nothing of routing, nor of other processes during the timing pass: not measured, so None."""
-    timing = data.get("timing")
-    if isinstance(timing, dict):
-        timing = {**timing, "own_share": None, "others_share": None}
-    return {**data, "schema_version": 2, "routing": None, "timing": timing}
-
-
-MIGRATIONS: dict[int, Migration] = {1: _without_routing}
-"""For every former schema version, the function that turns a record of it into one of the next version."""
 
 
 class RecordError(Exception):
@@ -60,8 +47,8 @@ class Store:
 
     def find(self, cell: Cell) -> RunRecord | None:
         """The record of `cell`, None when there is none; an unreadable file is an error, not a gap."""
-        path = self._locate(cell)
-        return None if path is None else _if_there(read_record, path)
+        path = self._path(cell)
+        return _if_there(read_record, path) if path.exists() else None
 
     def put(self, record: RunRecord, outcomes: pd.DataFrame | None = None) -> RunRecord:
         """Write one cell, in place of an earlier record of it.
@@ -83,14 +70,12 @@ class Store:
                 f"the cell of {cell.method}, seed {cell.seed}, changes when it is written as JSON. "
                 "Its protocol and config must hold finite numbers, strings, booleans, lists and dicts only."
             )
-        former = self._locate(cell)
-        target = self.records_folder / f"{_stem(cell)}-{cell.id}.json"
-        if former is not None and (outcomes is not None or former != target):
-            # Never pair an old record with new outcomes: killed from here on, the cell counts as not done.
-            former.unlink(missing_ok=True)
+        target = self._path(cell)
         if outcomes is None:
             table.unlink(missing_ok=True)
         else:
+            # Never pair an old record with new outcomes: killed from here on, the cell counts as not done.
+            target.unlink(missing_ok=True)
             _write_outcomes(table, outcomes)
         with replacing(target) as file:
             file.write(text.encode())
@@ -121,32 +106,18 @@ class Store:
         _check_columns(frame, str(path))
         return frame
 
-    def _locate(self, cell: Cell) -> Path | None:
-        path = self.records_folder / f"{_stem(cell)}-{cell.id}.json"
-        if path.exists():
-            return path
-        # A record of a former schema keeps the name it was given: its migrated content decides.
-        for other in sorted(self.records_folder.glob(f"{_stem(cell)}-*.json")):
-            data = _if_there(_read_json, other)
-            if data is not None and _version(other, data) < SCHEMA_VERSION and read_record(other).cell == cell:
-                return other
-        return None
+    def _path(self, cell: Cell) -> Path:
+        return self.records_folder / f"{_stem(cell)}-{cell.id}.json"
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read, migrate and validate one record file; raises `RecordError` naming the file when it is not one."""
-    data = _read_json(path)
-    version = _version(path, data)
-    for former in range(version, SCHEMA_VERSION):
-        if former not in MIGRATIONS:
-            raise RecordError(f"{path} has schema version {former} and nothing migrates from that. {_way_out(path)}")
-        data = MIGRATIONS[former](data)
+    """Read and validate one record file; raises `RecordError` naming the file when it is not one."""
+    text = _read(path)
     try:
-        # JSON again, so that "NaN" is read as a number and types are checked as strictly as in a fresh file.
-        record = RunRecord.model_validate_json(json.dumps(data))
+        record = RunRecord.model_validate_json(text)
     except ValidationError as error:
         raise RecordError(f"{path} is not a valid record: {error}\n{_way_out(path)}") from error
-    if version == SCHEMA_VERSION and not path.stem.endswith(f"-{record.cell.id}"):
+    if not path.stem.endswith(f"-{record.cell.id}"):
         raise RecordError(
             f"{path} holds the cell {record.cell.id}, not the one in its name: it was renamed or edited. "
             f"{_way_out(path)}"
@@ -164,26 +135,22 @@ def _if_there(read: Callable[[Path], Read], path: Path) -> Read | None:
         raise
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
+    """The bytes of a file that holds a JSON object of this code's schema version."""
     try:
-        data = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        data = json.loads(text)
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read as JSON: {error}. {_way_out(path)}") from error
     if not isinstance(data, dict):
         raise RecordError(f"{path} holds a {type(data).__name__}, not a JSON object. {_way_out(path)}")
-    return data
-
-
-def _version(path: Path, data: dict[str, Any]) -> int:
     version = data.get("schema_version")
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise RecordError(f"{path} has schema_version {version!r}, expected an integer. {_way_out(path)}")
-    if version > SCHEMA_VERSION:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
         raise RecordError(
-            f"{path} has schema version {version}, this code reads up to {SCHEMA_VERSION}: "
-            "it was written by a newer version of the project. Update the project."
+            f"{path} has schema version {version!r}, this code reads {SCHEMA_VERSION}: another version of the project "
+            f"wrote it. Use that version, or delete {path.name} and run the same command again."
         )
-    return version
+    return text
 
 
 def _one_line_per_vector(text: str) -> str:
@@ -202,7 +169,7 @@ def _way_out(path: Path) -> str:
 
 def _order(record: RunRecord) -> tuple[str, str, int, str]:
     cell = record.cell
-    return str(cell.protocol.get("name", "")), cell.method, cell.seed, cell.id
+    return cell.protocol.name, cell.method, cell.seed, cell.id
 
 
 def _stem(cell: Cell) -> str:

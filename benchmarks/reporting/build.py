@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.plan.trials import trial_store
 from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store, replacing
+from benchmarks.records.trials import trial_store
 from benchmarks.reporting.comparable import Group, group_records
 from benchmarks.reporting.comparison import comparison_table, equivalence_band
 from benchmarks.reporting.figures.figures import draw_figures
@@ -119,7 +119,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _tables(group: Group, store: Store, reference: str | None) -> list[Table]:
-    name = reference or group.protocol.get("reference")
+    name = reference or group.protocol.reference
     tables = [scores_table(group)]
     if name is not None:
         compared = comparison_table(group, store.outcomes, name, equivalence_band(group))

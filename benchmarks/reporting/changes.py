@@ -34,9 +34,9 @@ def _pairs(first: Sequence[Group], second: Sequence[Group]) -> list[tuple[Group,
     left = [a for a in first if all(a is not pair[0] for pair in pairs)]
     right = [b for b in second if all(b is not pair[1] for pair in pairs)]
     for a in left:
-        name = a.protocol.get("name")
-        named = [b for b in right if b.protocol.get("name") == name]
-        if len(named) == 1 and sum(other.protocol.get("name") == name for other in left) == 1:
+        name = a.protocol.name
+        named = [b for b in right if b.protocol.name == name]
+        if len(named) == 1 and sum(other.protocol.name == name for other in left) == 1:
             pairs.append((a, named[0]))
     return pairs
 
@@ -53,21 +53,19 @@ def _table(a: Group, b: Group) -> Table:
         lines.append({"method": label, **cells, "mean before and after": " → ".join(map(_plain, means.values()))})
         facts.append({"method": label, **changes, **means})
     notes = ["Change of the primary score, second set minus first, in points; n/a where one of them has none."]
-    fields = sorted(set(a.protocol) | set(b.protocol))
+    fields = sorted({*a.shared, *b.shared})
     for which, one, other in (("first", a, b), ("second", b, a)):
         alone = [label for label in labels if one.row(label) is not None and other.row(label) is None]
         if alone:
             notes.append(f"Only in the {which} set: {', '.join(alone)}.")
-    changed = [
-        f"{field} {a.protocol.get(field)} -> {b.protocol.get(field)}" for field in fields if _differs(a, b, field)
-    ]
+    changed = [f"{field} {a.shared.get(field)} -> {b.shared.get(field)}" for field in fields if _differs(a, b, field)]
     if changed:
         notes.append(f"WARNING: the protocols differ: {'; '.join(changed)}.")
     return Table("difference", f"Changes ({a.label})", pd.DataFrame(lines), pd.DataFrame(facts), tuple(notes))
 
 
 def _differs(a: Group, b: Group, field: str) -> bool:
-    return bool(a.protocol.get(field) != b.protocol.get(field))
+    return bool(a.shared.get(field) != b.shared.get(field))
 
 
 def _row(group: Group, label: str) -> MethodScores | None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.records.schema import Cell, RunRecord
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.records.identity import comparable, own_rates
+from benchmarks.records.schema import Cell, RunRecord, Tuning
 
 BASELINES = ("majority", "head", "bare")
 """Rows that adapt nothing; they open every table."""
@@ -58,15 +60,25 @@ class Group:
 
     Attributes:
         label: the protocol's name, with the differing fields where several protocols have that name.
-        key: hash of the protocol.
-        protocol: its fields, without a rate that was tuned method by method.
+        key: hash of what all its cells share.
+        shared: what all its cells share, by the name of the field.
         rows: baselines first, then the methods by name.
     """
 
     label: str
     key: str
-    protocol: Mapping[str, Any]
+    shared: Mapping[str, Any]
     rows: tuple[MethodRuns, ...]
+
+    @property
+    def protocol(self) -> Protocol:
+        """The protocol of the first record. Where rates were tuned, its learning rates are that record's own."""
+        return self.rows[0].records[0].cell.protocol
+
+    @property
+    def tuned(self) -> Tuning | None:
+        """How the rates were found; None where all methods have one rate."""
+        return self.rows[0].records[0].cell.tuned
 
     @property
     def records(self) -> tuple[RunRecord, ...]:
@@ -76,9 +88,7 @@ class Group:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Task names in the protocol's order."""
-        declared = tuple(self.protocol.get("tasks", ()))
-        scored = {task for record in self.records for task in record.scores}
-        return declared + tuple(sorted(scored - set(declared)))
+        return self.protocol.tasks
 
     def row(self, method: str) -> MethodRuns | None:
         """The row with this label or, where that is unambiguous, of this method."""
@@ -89,25 +99,15 @@ class Group:
 
 def group_records(records: Iterable[RunRecord]) -> list[Group]:
     """Split records into groups that may be compared, sorted by label."""
-    by_protocol = _split(records, lambda record: comparable(record.cell.protocol))
-    names = [str(runs[0].cell.protocol.get("name", "unnamed")) for runs in by_protocol.values()]
-    protocols = [comparable(runs[0].cell.protocol) for runs in by_protocol.values()]
-    labels = _labels(names, protocols)
+    by_content = _split(records, lambda record: comparable(record.cell))
+    names = [runs[0].cell.protocol.name for runs in by_content.values()]
+    contents = [comparable(runs[0].cell) for runs in by_content.values()]
+    labels = _labels(names, contents)
     groups = [
-        Group(label, key, protocol, _method_rows(runs))
-        for label, protocol, (key, runs) in zip(labels, protocols, by_protocol.items(), strict=True)
+        Group(label, key, content, _method_rows(runs))
+        for label, content, (key, runs) in zip(labels, contents, by_content.items(), strict=True)
     ]
     return sorted(groups, key=lambda group: (group.label, group.key))
-
-
-def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a protocol the runs of one table share: where rates were tuned, every method has its own."""
-    return without_rates(protocol) if "tuned" in protocol else dict(protocol)
-
-
-def without_rates(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a protocol does not concern the learning rates."""
-    return {field: value for field, value in protocol.items() if field not in ("learning_rate", "head_learning_rate")}
 
 
 def _method_rows(records: Sequence[RunRecord]) -> tuple[MethodRuns, ...]:
@@ -123,8 +123,7 @@ def _method_rows(records: Sequence[RunRecord]) -> tuple[MethodRuns, ...]:
 
 def _settings(cell: Cell) -> dict[str, Any]:
     """What one method's runs share: its configuration, and its rates where they are its own."""
-    shared = comparable(cell.protocol)
-    return cell.config | {field: value for field, value in cell.protocol.items() if field not in shared}
+    return cell.config | own_rates(cell)
 
 
 def baseline_rank(method: str) -> int:

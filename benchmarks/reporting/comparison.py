@@ -55,8 +55,7 @@ def comparison_table(
 
 def equivalence_band(group: Group) -> float:
     """The differences that count as none, as a share; protocols tell it in points."""
-    points = group.protocol.get("equivalence_band")
-    return EQUIVALENCE_BAND if points is None else float(points) / 100
+    return group.protocol.equivalence_band / 100
 
 
 class _Pairs:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from benchmarks.records.schema import Budget, Provenance, RunRecord
+from benchmarks.records.schema import Budget, Provenance, RunRecord, Tuning
 from benchmarks.reporting.comparable import Group
 
 SHOWN_PACKAGES = ("torch", "transformers")
@@ -35,82 +34,65 @@ def records_hash(records: Iterable[RunRecord]) -> str:
 def _protocol_line(group: Group) -> str:
     protocol = group.protocol
     seeds = sorted({record.cell.seed for record in group.records})
-    parts = [f"Protocol {group.label}"]
-    if "backbone" in protocol:
-        parts.append(f"backbone {protocol['backbone']}")
-    if "steps" in protocol and "batch_size" in protocol:
-        parts.append(f"{_number(protocol['steps'])} steps of {_number(protocol['batch_size'])} rows")
-    if protocol.get("train_rows"):
-        parts.append(f"trained on at most {_number(protocol['train_rows'])} rows per task")
-    if protocol.get("eval_rows"):
-        parts.append(f"scored on at most {_number(protocol['eval_rows'])} rows per task")
-    if protocol.get("evaluate_on") == "fold":
+    parts = [f"Protocol {group.label}", f"backbone {protocol.backbone}"]
+    parts.append(f"{protocol.steps:,} steps of {protocol.batch_size:,} rows")
+    if protocol.train_rows is not None:
+        parts.append(f"trained on at most {protocol.train_rows:,} rows per task")
+    if protocol.eval_rows is not None:
+        parts.append(f"scored on at most {protocol.eval_rows:,} rows per task")
+    if protocol.evaluate_on == "fold":
         parts.append("scored on rows cut from train, not on the reported ones")
-    if protocol.get("track", "as-published") != "as-published":
-        parts.append(f"track {protocol['track']}: sizes chosen for about as many parameters as the reference has")
+    if protocol.track != "as-published":
+        parts.append(f"track {protocol.track}: sizes chosen for about as many parameters as the reference has")
     parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     return f"{'; '.join(parts)}."
 
 
 def _recipe_lines(group: Group) -> list[str]:
-    """Learning rates and the rest of the optimiser, as far as the protocol tells."""
+    """Learning rates and the rest of the optimiser."""
     protocol = group.protocol
-    rates = _tuned_rates(group) if "tuned" in protocol else _common_rate(group)
-    if rates is None:
-        return []
-    parts = [rates]
-    if "weight_decay" in protocol:
-        parts.append(f"weight decay {protocol['weight_decay']:g}")
-    if {"schedule", "warmup_ratio"} <= set(protocol):
-        parts.append(f"{protocol['schedule']} decay after {100 * protocol['warmup_ratio']:.3g} % warm-up")
-    if "clip_norm" in protocol:
-        parts.append(f"gradient norm clipped at {protocol['clip_norm']:g}")
+    rates = _common_rate(group) if group.tuned is None else _tuned_rates(group, group.tuned)
+    parts = [
+        rates,
+        f"weight decay {protocol.weight_decay:g}",
+        f"linear decay after {100 * protocol.warmup_ratio:.3g} % warm-up",
+        f"gradient norm clipped at {protocol.clip_norm:g}",
+    ]
     return [f"AdamW: {'; '.join(parts)}."]
 
 
-def _common_rate(group: Group) -> str | None:
-    if "learning_rate" not in group.protocol:
-        return None
-    return f"learning rate {group.protocol['learning_rate']:g}{_head_rate(group, group.protocol)} for all methods"
+def _common_rate(group: Group) -> str:
+    protocol = group.protocol
+    return f"learning rate {protocol.learning_rate:g}{_head_rate(group, protocol.head_learning_rate)} for all methods"
 
 
-def _tuned_rates(group: Group) -> str:
+def _tuned_rates(group: Group, how: Tuning) -> str:
     """What every method tried, and what it ended with: its records have the rate, the group has not."""
-    how = group.protocol["tuned"]
-    tried = ", ".join(f"{rate:g}" for rate in how.get("rates", ()))
+    tried = ", ".join(f"{rate:g}" for rate in how.rates)
     found = {
-        row.label: _first_seen(f"{record.cell.protocol['learning_rate']:g}" for record in row.records)
+        row.label: _first_seen(f"{record.cell.protocol.learning_rate:g}" for record in row.records)
         for row in group.rows
         if any(record.budget is not None for record in row.records)
     }
     chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in found.items())
     return (
-        f"learning rate of every method the best of {tried} on rows cut from train (seed {how.get('seed')}, "
-        f"{_number(how.get('steps'))} steps): {chosen or 'none yet'}{_head_rate(group, how)}"
+        f"learning rate of every method the best of {tried} on rows cut from train (seed {how.seed}, "
+        f"{how.steps:,} steps): {chosen or 'none yet'}{_head_rate(group, how.head_learning_rate)}"
     )
 
 
-def _head_rate(group: Group, protocol: Mapping[str, Any]) -> str:
+def _head_rate(group: Group, rate: float | None) -> str:
     has_heads = any(record.parameters is not None and record.parameters.heads > 0 for record in group.records)
-    rate = protocol.get("head_learning_rate")
     return f" (task heads {rate:g})" if has_heads and rate is not None else ""
 
 
 def _data_lines(group: Group) -> list[str]:
     """One line per distinct source; a key that is no task, such as ``backbone``, is told in the same way."""
     sources: defaultdict[str, list[str]] = defaultdict(list)
-    for subject in _first_seen(name for record in group.records for name in record.data):
-        for line in _first_seen(record.data[subject] for record in group.records if subject in record.data):
+    for subject in _first_seen(name for record in group.records for name in record.sources):
+        for line in _first_seen(record.sources[subject] for record in group.records if subject in record.sources):
             sources[line].append(subject)
-    lines = [f"{', '.join(subjects)}: {line.rstrip('.')}." for line, subjects in sources.items()]
-    changed = [
-        task
-        for task in group.tasks
-        if len({record.fingerprints[task] for record in group.records if task in record.fingerprints}) > 1
-    ]
-    if changed:
-        lines.append(f"WARNING: the rows of {', '.join(changed)} differ between runs; their scores do not compare.")
-    return lines
+    return [f"{', '.join(subjects)}: {line.rstrip('.')}." for line, subjects in sources.items()]
 
 
 def _budget_lines(group: Group) -> list[str]:
@@ -121,10 +103,10 @@ def _budget_lines(group: Group) -> list[str]:
             by_seed[record.cell.seed].append(record.budget)
     for seed, budgets in sorted(by_seed.items()):
         orders = _first_seen(budget.order_hash[:16] for budget in budgets)
-        tokens = _first_seen(_number(budget.tokens) for budget in budgets)
+        tokens = _first_seen(f"{budget.tokens:,}" for budget in budgets)
         if len(orders) == len(tokens) == 1:
             lines.append(
-                f"Seed {seed}: {_runs(len(budgets))} {_number(budgets[0].rows)} rows, {tokens[0]} tokens without "
+                f"Seed {seed}: {_runs(len(budgets))} {budgets[0].rows:,} rows, {tokens[0]} tokens without "
                 f"padding, in the order with hash {orders[0]}."
             )
         else:
@@ -177,10 +159,6 @@ def _failure_lines(group: Group) -> list[str]:
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 300 else f"{line[:297]}..."
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _first_seen(values: Iterable[str]) -> list[str]:

@@ -190,11 +190,11 @@ def _disturbance_notes(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 def _timing_notes(group: Group) -> tuple[str, ...]:
     kinds = dict.fromkeys(record.memory.kind for record in group.records if record.memory is not None)
-    shape = group.protocol.get("timing")
-    shape = f" of {shape['rows']} sequences of {shape['length']} tokens" if isinstance(shape, dict) else ""
+    shape = group.protocol.timing
     apart = (
-        f"Timing pass apart from training: steps{shape}, warm-up excluded, device synchronised; median and "
-        "percentiles of a run, medians over seeds. Training s: the optimiser steps of the run itself."
+        f"Timing pass apart from training: steps of {shape.rows} sequences of {shape.length} tokens, warm-up excluded, "
+        "device synchronised; median and percentiles of a run, medians over seeds. "
+        "Training s: the optimiser steps of the run itself."
     )
     compared = (
         "Cells are timed minutes apart. Ratios are of steps in units of the bare model's forward, which took turns "

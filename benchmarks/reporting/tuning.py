@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.plan.trials import OWN_FIELDS, Trials, read_trials, trial_store
-from benchmarks.records.schema import RunRecord
+from benchmarks.records.schema import RunRecord, Tuning
 from benchmarks.records.store import Store
+from benchmarks.records.trials import Trials, belongs, read_trials, trial_store
 from benchmarks.reporting.comparable import Group
 from benchmarks.reporting.render import Table
 
@@ -21,37 +20,18 @@ def group_trials(group: Group, store: Store) -> list[Trials]:
         group: of reported runs.
         store: of the reported runs; the trials are in a folder of it.
     """
-    tuned = group.protocol.get("tuned")
-    if tuned is None:
+    if group.tuned is None:
         return []
     found: dict[str, dict[float, RunRecord]] = {}
     for record in trial_store(store.root).all():
-        rate = float(record.cell.protocol["learning_rate"])
-        if rate in tuned["rates"] and _belongs(record, group.protocol, tuned):
-            found.setdefault(_key(record), {})[rate] = record
+        if belongs(record.cell, group.rows[0].records[0].cell):
+            found.setdefault(_key(record), {})[record.cell.protocol.learning_rate] = record
     rows = {_key(row.records[0]): row.label for row in group.rows}
     return [
-        read_trials(label, {rate: found[key].get(rate) for rate in tuned["rates"]})
+        read_trials(label, {rate: found[key].get(rate) for rate in group.tuned.rates})
         for key, label in rows.items()
         if key in found
     ]
-
-
-def _belongs(record: RunRecord, protocol: Mapping[str, Any], tuned: Mapping[str, Any]) -> bool:
-    own = record.cell.protocol
-    heads = own.get("head_learning_rate")
-    return (
-        record.cell.seed == tuned["seed"]
-        and own.get("steps") == tuned["steps"]
-        and own.get("evaluate_on") == "fold"
-        # The heads' own rate, or the tried one where nothing but heads trains.
-        and heads in (tuned["head_learning_rate"], own.get("learning_rate"))
-        and _shared(own) == _shared(protocol)
-    )
-
-
-def _shared(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in protocol.items() if field not in OWN_FIELDS}
 
 
 def _key(record: RunRecord) -> str:
@@ -64,11 +44,10 @@ def _key(record: RunRecord) -> str:
 def tuning_tables(group: Group, store: Store) -> list[Table]:
     """The trials of a group: scores by rate, with the best rate; no table where nothing was tuned."""
     trials = group_trials(group, store)
-    return [_scores(group, trials)] if trials else []
+    return [_scores(group, trials, group.tuned)] if trials and group.tuned is not None else []
 
 
-def _scores(group: Group, trials: Sequence[Trials]) -> Table:
-    tuned = group.protocol["tuned"]
+def _scores(group: Group, trials: Sequence[Trials], tuned: Tuning) -> Table:
     lines = [
         {"method": one.method}
         | {f"{rate:g}": _cell(one, rate) for rate in one.scores}
@@ -89,7 +68,7 @@ def _scores(group: Group, trials: Sequence[Trials]) -> Table:
     ]
     rows = max(one.rows for one in trials)
     how = (
-        f"Trials at every learning rate, {tuned['steps']} steps and seed {tuned['seed']} each, scored on {rows:,} rows "
+        f"Trials at every learning rate, {tuned.steps} steps and seed {tuned.seed} each, scored on {rows:,} rows "
         "cut from the training rows of all tasks: mean over tasks of the first metric, times 100, an undefined one "
         "counted as 0."
     )

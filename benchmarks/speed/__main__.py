@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.flags import parse_flags
-from benchmarks.protocols.protocol import UsageError
 from benchmarks.speed.options import Options, check, configure_methods
 
 # Whatever imports torch is imported where it is needed: `--help` and wrong flags answer at once.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 from benchmarks.speed.hosts import kind_of, sharing_copy, vocabulary_embeddings
 from benchmarks.speed.options import Mode
 from moepeft import Attachment

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.backbones.load import set_dropout
 from benchmarks.backbones.shapes import UnknownShape, build_shape
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 
 Kind = Literal["layer", "encoder", "causal", "seq2seq"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 
 # Whatever imports torch is imported where it is needed: `--help` and wrong flags answer at once.
 if TYPE_CHECKING:

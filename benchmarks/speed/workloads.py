@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.instruments.clock import Step
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.seeds import generator, torch_stream
 from benchmarks.speed.contestants import Contestant
 from benchmarks.speed.hosts import Kind, kind_of

@@ -174,7 +174,7 @@ def check_run(options: Any) -> None:
     from benchmarks.plan import cells as planning
 
     suite = options.suite if Path(options.suite).suffix != ".toml" else "quick"
-    protocol = run.resolve_protocol(dataclasses.replace(options, data_dir=None, suite=suite))
+    protocol = run.resolve_suite(dataclasses.replace(options, data_dir=None, suite=suite))
     planning.parse_methods(options.methods, num_tasks=len(protocol.tasks))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.schema import (
     Budget,
     Cell,
@@ -42,14 +43,16 @@ ADAPTERS = {"majority": 0, "head": 0}
 
 
 def make_cell(method: str = "alpha", seed: int = 0, **changes: Any) -> Cell:
-    protocol = {**PROTOCOL, **changes.pop("protocol", {})}
-    return Cell(protocol=protocol, method=method, config=changes.pop("config", {"rank": 4}), seed=seed, **changes)
+    """A cell; `changes` replace its fields, those of `protocol` one by one."""
+    protocol = Protocol.model_validate({**PROTOCOL, **changes.pop("protocol", {})})
+    fields = {"data": {task: f"{task}-rows" for task in protocol.tasks}, "config": {"rank": 4}, **changes}
+    return Cell(protocol=protocol, method=method, seed=seed, **fields)
 
 
 def make_outcomes(cell: Cell, skill: float) -> pd.DataFrame:
     """Predictions right with probability `skill`; the labels are the same for every method and seed."""
     frames = []
-    for number, task in enumerate(cell.protocol["tasks"]):
+    for number, task in enumerate(cell.protocol.tasks):
         labels = np.random.default_rng(number)
         noise = np.random.default_rng([number, cell.seed, sum(map(ord, cell.method))])
         if TASKS[task] == "pearson_spearman":
@@ -98,10 +101,9 @@ def make_record(
         "reason": reason,
         "parameters": Parameters(
             adapter=size, adapter_closed_form=size, adapter_shared=0, heads=heads, base=1_000_000, sites=sites,
-            tasks=len(cell.protocol["tasks"]),
+            tasks=len(cell.protocol.tasks),
         ),
-        "data": {task: f"{task} set, 500 train and {ROWS} validation rows" for task in cell.protocol["tasks"]},
-        "fingerprints": {task: f"{task}-rows" for task in cell.protocol["tasks"]},
+        "sources": {task: f"{task} set, 500 train and {ROWS} validation rows" for task in cell.protocol.tasks},
         "provenance": make_provenance(),
     }  # fmt: skip
     if status != "ok":
@@ -136,7 +138,7 @@ def _cost(cell: Cell, *, trained: bool) -> dict[str, Any]:
         "budget": Budget(
             order_hash=hashlib.sha256(f"order {cell.seed}".encode()).hexdigest(),
             steps=100, rows=800, sequences=800, tokens=12_345, padded_tokens=16_000,
-            rows_per_task=dict.fromkeys(cell.protocol["tasks"], 160),
+            rows_per_task=dict.fromkeys(cell.protocol.tasks, 160),
         ),
         "timing": Timing(
             setup_seconds=0.5, train_seconds=100 * step, evaluate_seconds=0.3, train_step=quantiles,

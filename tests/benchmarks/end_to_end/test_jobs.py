@@ -128,13 +128,11 @@ def test_a_tuned_run_tries_chooses_reports_and_does_nothing_twice(bench, capsys)
     for name in ("head", "lora"):
         own = [one for one in trials if one.cell.method == name]
         means = {
-            one.cell.protocol["learning_rate"]: sum(
-                score.metrics[score.primary] or 0.0 for score in one.scores.values()
-            )
+            one.cell.protocol.learning_rate: sum(score.metrics[score.primary] or 0.0 for score in one.scores.values())
             for one in own
         }
         best = max(sorted(means), key=lambda rate: means[rate])
-        assert found[f"{name}/0"].cell.protocol["learning_rate"] == best
+        assert found[f"{name}/0"].cell.protocol.learning_rate == best
     assert found["lora/0"].timing.train_step is not None
 
     before = files(Path("results"))
@@ -155,8 +153,8 @@ def test_a_matched_run_has_sizes_that_agree_and_rows_for_what_cannot(bench, caps
     }  # fmt: skip
     for name in ("lora", "moelora"):
         assert abs(found[name].parameters.adapter - 16_000) <= 800
-        assert found[name].cell.protocol["track"] == "matched"
-        assert found[name].cell.protocol["target_parameters"] == 16_000
+        assert found[name].cell.protocol.track == "matched"
+        assert found[name].cell.protocol.target_parameters == 16_000
     assert found["full"].reason == "Unsupported: all weights train: there is no size to choose"
     assert "unsupported" in capsys.readouterr().out
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import benchmarks.records.store
 from benchmarks.records.store import RecordError, Store
 from tests.support.record_factory import make_cell, make_record
 
@@ -16,18 +14,18 @@ def test_a_record_that_vanishes_while_it_is_read_is_not_done(tmp_path: Path, mon
     store = Store(tmp_path)
     for method in ("alpha", "beta"):
         store.put(*make_record(method))
-    real = benchmarks.records.store._read_json
+    read = Path.read_bytes
 
-    def racing(path: Path) -> Any:
+    def racing(path: Path) -> bytes:
         if path.name.startswith("alpha"):
             path.unlink()
-        return real(path)
+        return read(path)
 
-    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
+    monkeypatch.setattr(Path, "read_bytes", racing)
     assert [record.cell.method for record in store.all()] == ["beta"]
     monkeypatch.undo()
     store.put(*make_record("alpha"))
-    monkeypatch.setattr(benchmarks.records.store, "_read_json", racing)
+    monkeypatch.setattr(Path, "read_bytes", racing)
     assert store.find(make_cell("alpha")) is None
     (tmp_path / "records" / "gamma-s0-0.json").write_text("{")
     with pytest.raises(RecordError, match="gamma"):

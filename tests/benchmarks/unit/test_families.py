@@ -17,7 +17,8 @@ from benchmarks.families.batch import Ledger, TokenisedTask
 from benchmarks.families.causal import Causal, _continuation
 from benchmarks.families.prompts import answers_of, gold_of, grid, sections_of, text_to_text, to_be_continued
 from benchmarks.plan.cells import parse_methods
-from benchmarks.protocols.protocol import Protocol, TimingPlan, UsageError, available_suites, load_protocol
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Protocol, TimingPlan, available_suites, load_suite
 from benchmarks.records.store import Store
 from benchmarks.run import main
 from benchmarks.tasks import TASKS
@@ -336,9 +337,9 @@ def test_what_cannot_be_read_is_wrong_and_said_so(monkeypatch):
     ],
 )
 def test_the_command_runs_a_suite_of_text_answers(tmp_path: Path, monkeypatch, capsys, suite, backbone, tasks, scoring):
-    small = load_protocol(suite).model_dump(mode="json", exclude={"timing"}, exclude_none=True)
+    small = load_suite(suite).model_dump(mode="json", exclude={"timing"}, exclude_none=True)
     small |= {"scoring": scoring, "batch_size": 4, "train_rows": 20, "eval_batch_size": 4, "precision": "fp32"}
-    used = load_protocol(suite).with_overrides(**small, timing={"warmup": 1, "repeats": 1, "rows": 4, "length": 16})
+    used = load_suite(suite).with_overrides(**small, timing={"warmup": 1, "repeats": 1, "rows": 4, "length": 16})
     lines = [f"{name} = {_toml(value)}" for name, value in used.model_dump(mode="json", exclude_none=True).items()]
     (tmp_path / "small.toml").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
@@ -400,7 +401,7 @@ def test_a_backbone_of_another_family_is_refused():
 
 def test_the_suites_of_text_answers_hold_the_papers_settings():
     assert {"glue-t5", "commonsense-llama"} <= set(available_suites())
-    glue, commonsense = load_protocol("glue-t5"), load_protocol("commonsense-llama")
+    glue, commonsense = load_suite("glue-t5"), load_suite("commonsense-llama")
     assert (glue.family, glue.backbone, glue.warmup_steps) == ("seq2seq", "t5-base", 500)
     assert (glue.batch_size, glue.learning_rate, glue.max_length) == (32, 3e-4, 128)
     assert (commonsense.family, commonsense.base_dtype) == ("causal", "bf16")

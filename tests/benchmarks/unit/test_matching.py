@@ -12,8 +12,8 @@ from benchmarks.backbones.load import find_backbone
 from benchmarks.backbones.shapes import build_shape
 from benchmarks.methods.matching import TOLERANCE, backbone_sites, count, matched_methods, nearest, sizes_of
 from benchmarks.plan.cells import expand, parse_methods
-from benchmarks.plan.options import Options, resolve_protocol
-from benchmarks.protocols.protocol import Protocol
+from benchmarks.plan.options import Options, resolve_suite
+from benchmarks.protocols.protocol import Suite
 from benchmarks.reporting.comparable import group_records
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.sites import find_sites, select_sites
@@ -22,9 +22,9 @@ from tests.support.record_factory import make_record
 NAMES = [f"{name}@{preset}" for name in moepeft.available() for preset in ("published", "released")]
 
 
-def protocol(**fields: Any) -> Protocol:
+def suite(**fields: Any) -> Suite:
     common = {"name": "test", "tasks": ("a", "b"), "steps": 4, "backbone": "tiny-bert", "reference": "lora"}
-    return Protocol.model_validate({**common, "track": "matched", **fields})
+    return Suite.model_validate({**common, "track": "matched", **fields})
 
 
 def sites_of(shape: str) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ def test_the_tolerance_is_of_the_target():
 
 def test_all_methods_of_a_run_are_brought_to_the_size_of_the_reference():
     methods = parse_methods("ept,lora,full,peft:dora", num_tasks=2)
-    found, matched, refusals = matched_methods(protocol(), methods, find_backbone("tiny-bert"))
+    found, matched, refusals = matched_methods(suite(), methods, find_backbone("tiny-bert"))
     sites = backbone_sites(find_backbone("tiny-bert"), "encoder")
     assert found.target_parameters == count(moepeft.method("lora"), sites)
     assert matched["lora"] == moepeft.method("lora")
@@ -128,7 +128,7 @@ def test_all_methods_of_a_run_are_brought_to_the_size_of_the_reference():
     assert set(refusals) - {"ept"} == {"full", "peft:dora"}
     # A target of one's own comes before the reference, and is all it takes.
     found, matched, _ = matched_methods(
-        protocol(reference=None, target_parameters=20_000), methods, find_backbone("tiny-bert")
+        suite(reference=None, target_parameters=20_000), methods, find_backbone("tiny-bert")
     )
     assert found.target_parameters == 20_000
     assert abs(count(matched["lora"], sites) - 20_000) <= 1000
@@ -145,7 +145,7 @@ def test_tracks_never_share_a_table():
     cells = [
         planned
         for fields in ({}, {"target_parameters": 1000}, {"track": "as-published"})
-        for planned in expand(protocol(**fields), methods, ())
+        for planned in expand(suite(**fields).protocol, methods, (), (0,))
     ]
     assert len(group_records(made.model_copy(update={"cell": planned.cell}) for planned in cells)) == 3
 
@@ -160,10 +160,10 @@ def test_tracks_never_share_a_table():
 )
 def test_a_track_without_a_size_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        protocol(**fields)
+        suite(**fields)
 
 
 def test_flags():
-    found = resolve_protocol(Options(track="matched", target_parameters=400_000))
+    found = resolve_suite(Options(track="matched", target_parameters=400_000))
     assert (found.track, found.target_parameters) == ("matched", 400_000)
-    assert resolve_protocol(Options()).track == "as-published"
+    assert resolve_suite(Options()).track == "as-published"

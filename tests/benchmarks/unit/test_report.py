@@ -16,7 +16,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks import report
-from benchmarks.records.schema import RunRecord, Score, SiteRouting
+from benchmarks.records.schema import RunRecord, Score, SiteRouting, Tuning
 from benchmarks.records.store import RecordError, Store
 from benchmarks.report import Options, run
 from benchmarks.reporting.build import NoRecordsError, build_report, find_differences, write_files, write_report
@@ -210,7 +210,7 @@ def test_caption_names_conditions_data_and_order():
 
 def test_tasks_of_one_source_share_a_line():
     record, _ = make_record()
-    same = record.model_copy(update={"data": dict.fromkeys(record.data, "generated"), "fingerprints": {}})
+    same = record.model_copy(update={"sources": dict.fromkeys(record.sources, "generated")})
     assert "cola, mrpc, stsb, mnli, rte: generated." in group_caption(only_group(same))
 
 
@@ -219,7 +219,6 @@ def test_tasks_of_one_source_share_a_line():
     [
         (lambda r: {"budget": r.budget.model_copy(update={"order_hash": "f" * 64})}, "with seed 0 the budgets differ"),
         (lambda r: {"budget": r.budget.model_copy(update={"tokens": 1})}, "with seed 0 the budgets differ"),
-        (lambda r: {"fingerprints": {**r.fingerprints, "rte": "other"}}, "the rows of rte differ between runs"),
         (lambda r: {"provenance": make_provenance(device="GPU")}, "more than one machine"),
     ],
 )
@@ -244,34 +243,43 @@ def test_caption_tells_the_recipe_and_what_was_left_out():
         return group_caption(only_group(make_record(protocol=fields)[0]))
 
     plain = caption(learning_rate=5e-4, head_learning_rate=2e-3, weight_decay=0.01, clip_norm=1.0,
-                    schedule="linear", warmup_ratio=0.06, evaluate_on="reported", track="as-published")  # fmt: skip
+                    warmup_ratio=0.06, evaluate_on="reported", track="as-published")  # fmt: skip
     assert plain[0] == "Protocol small; backbone tiny-bert; 100 steps of 8 rows; seed 0."
     assert plain[1] == (
         "AdamW: learning rate 0.0005 (task heads 0.002) for all methods; weight decay 0.01; linear decay after 6 % "
         "warm-up; gradient norm clipped at 1."
     )
-    limited = caption(train_rows=1000, eval_rows=50, evaluate_on="fold", track="matched")[0]
+    limited = caption(train_rows=1000, eval_rows=50, evaluate_on="fold", track="matched", target_parameters=9)[0]
     assert "trained on at most 1,000 rows per task; scored on at most 50 rows per task" in limited
     assert "scored on rows cut from train, not on the reported ones" in limited
     assert "track matched: " in limited
 
 
 def test_caption_lists_tuned_rates_by_method():
-    how = {"rates": [1e-4, 1e-3], "seed": 1000, "steps": 50, "head_learning_rate": 2e-3}
+    how = Tuning(rates=(1e-4, 1e-3), seed=1000, steps=50, head_learning_rate=2e-3)
     records = [
-        make_record(method, seed, protocol={"tuned": how, "learning_rate": rate})[0]
+        make_record(method, seed, protocol={"learning_rate": rate}, tuned=how)[0]
         for method, rate in (("alpha", 1e-4), ("bravo", 1e-3))
         for seed in (0, 1)
     ]
-    assert group_caption(only_group(*records))[1] == (
+    assert group_caption(only_group(*records))[1].startswith(
         "AdamW: learning rate of every method the best of 0.0001, 0.001 on rows cut from train (seed 1000, 50 steps): "
-        "alpha 0.0001, bravo 0.001 (task heads 0.002)."
+        "alpha 0.0001, bravo 0.001 (task heads 0.002)"
     )
 
 
+def test_runs_on_other_rows_never_share_a_table():
+    records = [make_record(data=dict.fromkeys(TASKS, rows))[0] for rows in ("these", "those")]
+    assert len(group_records(records)) == 2
+
+
 def test_tracks_never_share_a_table():
-    records = [make_record(protocol={"track": track})[0] for track in ("as-published", "matched")]
-    assert [group.label for group in group_records(records)] == ["small (track=as-published)", "small (track=matched)"]
+    matched = {"track": "matched", "target_parameters": 9}
+    records = [make_record(protocol=track)[0] for track in ({}, matched)]
+    assert [group.label for group in group_records(records)] == [
+        "small (target_parameters=9, track=matched)",
+        "small (target_parameters=None, track=as-published)",
+    ]
 
 
 # ---------------------------------------------------------------------- parameters, throughput

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import moepeft
 from benchmarks.instruments.clock import CUDA_BURST, Step, interleave, paired_ratio, quantiles
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed.contestants import (
     FROZEN,

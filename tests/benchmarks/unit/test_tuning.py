@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells.cell import budget_differences
 from benchmarks.plan.cells import PlannedCell, expand, parse_methods
-from benchmarks.plan.options import Options, parse_shard, resolve_protocol
-from benchmarks.plan.trials import Trials, mean_primary, read_trials, trial_store
+from benchmarks.plan.options import Options, parse_shard, resolve_suite
 from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
-from benchmarks.protocols.protocol import Protocol, UsageError
-from benchmarks.records.schema import RunRecord, Score
+from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.protocol import Suite
+from benchmarks.records.identity import budget_differences
+from benchmarks.records.schema import RunRecord, Score, Tuning
 from benchmarks.records.store import Store
+from benchmarks.records.trials import Trials, mean_primary, read_trials, trial_store
 from benchmarks.reporting.build import build_report
 from benchmarks.reporting.comparable import group_records
 from benchmarks.tasks.base import TaskData, TaskSpec
@@ -24,9 +25,9 @@ RATES = (5e-4, 2e-3, 1e-3)
 DATA = (TaskData(TaskSpec("classes", "classification", ("no", "yes"), "accuracy"), (), (), "hand-made", "f" * 64),)
 
 
-def protocol(**fields: object) -> Protocol:
+def suite(**fields: object) -> Suite:
     common = {"name": "test", "tasks": ("classes",), "steps": 40, "precision": "fp32", "learning_rate": 3e-4}
-    return Protocol.model_validate({**common, "head_learning_rate": 7e-3, "tuning_rates": RATES, **fields})
+    return Suite.model_validate({**common, "head_learning_rate": 7e-3, "tuning_rates": RATES, **fields})
 
 
 def methods() -> dict[str, object]:
@@ -41,23 +42,22 @@ def trials(scores: Mapping[float, float | None]) -> Trials:
 
 
 def test_every_method_that_trains_tries_the_same_rates_as_often():
-    cells = trial_cells(protocol(tuning_steps=10), methods(), DATA)
+    cells = trial_cells(suite(tuning_steps=10), methods(), DATA)
     tried: dict[str, list[float]] = {}
     for planned in cells:
         own = planned.cell.protocol
-        assert (own["evaluate_on"], own["steps"], planned.cell.seed) == ("fold", 10, 1000)
-        assert own["learning_rate"] == planned.protocol.learning_rate
-        tried.setdefault(planned.cell.method, []).append(own["learning_rate"])
+        assert (own.evaluate_on, own.steps, planned.cell.seed, planned.cell.trial) == ("fold", 10, 1000, True)
+        tried.setdefault(planned.cell.method, []).append(own.learning_rate)
     assert tried == dict.fromkeys(("head", "lora", "ept"), sorted(RATES))
     # Where nothing but heads trains the rate is theirs; beside an adapter theirs stays.
     for planned in cells:
         alone = planned.cell.method == "head"
-        assert planned.protocol.head_learning_rate == (planned.protocol.learning_rate if alone else 7e-3)
+        assert planned.cell.protocol.head_learning_rate == (planned.cell.protocol.learning_rate if alone else 7e-3)
 
 
 def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported():
     def ids(**fields: object) -> set[str]:
-        return {planned.cell.id for planned in trial_cells(protocol(**fields), methods(), DATA)}
+        return {planned.cell.id for planned in trial_cells(suite(**fields), methods(), DATA)}
 
     assert ids(tuning_rates=(1e-3,)) < ids()
     assert ids(seeds=(0, 1, 2)) == ids(tuning_rates=sorted(RATES)) == ids()
@@ -67,27 +67,28 @@ def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported():
 
 def test_reported_cells_differ_in_their_rates_alone_and_say_how_they_were_found():
     rates = {"head": 2e-3, "lora": 5e-4, "ept": 1e-3}
-    cells = tuned_cells(protocol(seeds=(0, 1)), methods(), DATA, rates)
+    cells = tuned_cells(suite(seeds=(0, 1)), methods(), DATA, rates)
     assert [planned.cell.seed for planned in cells] == [0] * 4 + [1] * 4
     first = {planned.cell.method: planned for planned in cells[:4]}
-    assert {name: first[name].protocol.learning_rate for name in rates} == rates
-    assert first["head"].protocol.head_learning_rate == 2e-3
-    assert first["lora"].protocol.evaluate_on == "reported"
+    assert {name: first[name].cell.protocol.learning_rate for name in rates} == rates
+    assert first["head"].cell.protocol.head_learning_rate == 2e-3
+    assert first["lora"].cell.protocol.evaluate_on == "reported"
     for planned in cells:
-        tuned = planned.cell.protocol["tuned"]
-        assert tuned == {"rates": sorted(RATES), "seed": 1000, "steps": 40, "head_learning_rate": 7e-3}
+        rising = tuple(sorted(RATES))
+        assert planned.cell.tuned == Tuning(rates=rising, seed=1000, steps=40, head_learning_rate=7e-3)
+        assert not planned.cell.trial
     assert len(group_records(map(record, cells))) == 1
     # Another grid is another experiment; so is no tuning at all.
     for other in (
-        tuned_cells(protocol(tuning_rates=RATES[:2]), methods(), DATA, rates),
-        tuned_cells(protocol(head_learning_rate=1e-3), methods(), DATA, rates),
-        expand(protocol(tuning_rates=()), methods(), DATA),
+        tuned_cells(suite(tuning_rates=RATES[:2]), methods(), DATA, rates),
+        tuned_cells(suite(head_learning_rate=1e-3), methods(), DATA, rates),
+        expand(suite().protocol, methods(), DATA, (0,)),
     ):
         assert len(group_records(map(record, [*cells, *other]))) == 2
 
 
 def test_budgets_are_compared_across_tuned_rates():
-    cells = tuned_cells(protocol(), methods(), DATA, {"head": 1e-3, "lora": 5e-4, "ept": 1e-3})
+    cells = tuned_cells(suite(), methods(), DATA, {"head": 1e-3, "lora": 5e-4, "ept": 1e-3})
     records = [record(planned) for planned in cells if planned.cell.method != "majority"]
     assert budget_differences(records) == []
     assert records[-1].budget is not None
@@ -112,11 +113,11 @@ def record(planned: PlannedCell) -> RunRecord:
 )
 def test_a_tuning_that_would_mislead_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        protocol(**fields)
+        suite(**fields)
 
 
 def test_flags():
-    found = resolve_protocol(Options(tune="1e-3,5e-4", tune_steps=9))
+    found = resolve_suite(Options(tune="1e-3,5e-4", tune_steps=9))
     assert (found.tuning_rates, found.tuning_steps) == ((1e-3, 5e-4), 9)
     for flags, message in (
         ({"tune": "fast"}, "--tune 'fast': give learning rates"),
@@ -126,7 +127,7 @@ def test_flags():
         ({"jobs": 0}, "--jobs 0"),
     ):
         with pytest.raises(UsageError, match=message):
-            resolve_protocol(Options(**flags))
+            resolve_suite(Options(**flags))
     assert parse_shard("1/3") == (1, 3)
     assert parse_shard(None) == (0, 1)
 
@@ -161,12 +162,12 @@ def test_an_undefined_metric_counts_as_no_skill():
 
 def test_a_rate_is_chosen_when_all_trials_of_the_method_have_ended(tmp_path):
     store = Store(tmp_path)
-    cells = trial_cells(protocol(), methods(), DATA)
+    cells = trial_cells(suite(), methods(), DATA)
     for planned in cells:
-        made, _ = make_record("alpha", skill=0.5 + 100 * planned.protocol.learning_rate)
-        if planned.cell.method == "ept" and planned.protocol.learning_rate == 2e-3:
+        made, _ = make_record("alpha", skill=0.5 + 100 * planned.cell.protocol.learning_rate)
+        if planned.cell.method == "ept" and planned.cell.protocol.learning_rate == 2e-3:
             made = made.model_copy(update={"status": "interrupted"})
-        if planned.cell.method == "head" and planned.protocol.learning_rate == 2e-3:
+        if planned.cell.method == "head" and planned.cell.protocol.learning_rate == 2e-3:
             made = made.model_copy(update={"status": "diverged"})
         store.put(made.model_copy(update={"cell": planned.cell}))
     assert chosen_rates(cells, store) == {"head": 1e-3, "lora": 2e-3}
@@ -178,22 +179,22 @@ def test_a_rate_is_chosen_when_all_trials_of_the_method_have_ended(tmp_path):
 def write_tuned(root: Path) -> None:
     """Reported runs of two methods and a head, and trials of which one method failed at the highest rate."""
     base = {**PROTOCOL, "head_learning_rate": 1e-2, "evaluate_on": "reported", "learning_rate": 1e-3}
-    tuned = {"rates": [1e-4, 1e-3, 1e-2], "seed": 1000, "steps": 20, "head_learning_rate": 1e-2}
+    tuned = Tuning(rates=(1e-4, 1e-3, 1e-2), seed=1000, steps=20, head_learning_rate=1e-2)
     skills = {"head": (0.5, 0.6, 0.9), "alpha": (0.6, 0.8, 0.7), "beta": (0.7, 0.75, None)}
     for method, by_rate in skills.items():
-        for rate, skill in zip(tuned["rates"], by_rate, strict=True):
+        for rate, skill in zip(tuned.rates, by_rate, strict=True):
             heads = {"head_learning_rate": rate} if method == "head" else {}
             trial = {**base, "learning_rate": rate, "evaluate_on": "fold", "steps": 20, **heads}
             status = "ok" if skill is not None else "diverged"
-            made, outcomes = make_record(method, 1000, protocol=trial, skill=skill or 0.5, status=status)
+            made, outcomes = make_record(method, 1000, protocol=trial, trial=True, skill=skill or 0.5, status=status)
             trial_store(root).put(made, outcomes)
         best = 1e-2 if method == "head" else 1e-3
-        made, outcomes = make_record(method, 0, protocol={**base, "learning_rate": best, "tuned": tuned})
+        made, outcomes = make_record(method, 0, protocol={**base, "learning_rate": best}, tuned=tuned)
         Store(root).put(made, outcomes)
     # What belongs to another experiment: other steps, another seed, other rows.
     for seed, change in ((1000, {"steps": 21}), (1001, {"steps": 20}), (1000, {"steps": 20, "eval_rows": 5})):
         trial = {**base, "learning_rate": 1e-3, "evaluate_on": "fold", **change}
-        made, outcomes = make_record("alpha", seed, protocol=trial, skill=0.99)
+        made, outcomes = make_record("alpha", seed, protocol=trial, trial=True, skill=0.99)
         trial_store(root).put(made, outcomes)
 
 
