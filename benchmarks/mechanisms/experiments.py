@@ -14,7 +14,7 @@ import moepeft
 from benchmarks.mechanisms.students import Lesson
 from benchmarks.mechanisms.teachers import Curriculum, FeedForward
 from benchmarks.methods.matching import count, nearest
-from benchmarks.protocols.protocol import UsageError
+from benchmarks.protocols.errors import UsageError
 from moepeft import AdapterFactory
 from moepeft.sites import find_sites
 
