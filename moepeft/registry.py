@@ -23,6 +23,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "moslora": "moepeft.methods.moslora:MoSLoRA",
     "hydralora": "moepeft.methods.hydralora:HydraLoRA",
     "mtl-lora": "moepeft.methods.mtl_lora:MTLLoRA",
+    "lora-per-task": "moepeft.methods.lora_per_task:LoRAPerTask",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

@@ -15,4 +15,5 @@ RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "mtl-lora": st.fixed_dictionaries(
         {"rank": counts, "num_experts": counts, "temperature": st.floats(0.1, 1.0), "num_tasks": st.just(TASKS)}
     ),
+    "lora-per-task": st.fixed_dictionaries({"rank": counts, "num_tasks": st.just(TASKS)}),
 }

@@ -30,7 +30,7 @@ from tests.support.hosts import batch, build, output
 peft = pytest.importorskip("peft")
 
 TASKS = 3
-SHAPED = ["lora", "moelora", "moelora@released", "more", "more@released", "moslora", "mtl-lora"]
+SHAPED = ["lora", "moelora", "moelora@released", "more", "more@released", "moslora", "mtl-lora", "lora-per-task"]
 
 
 @torch.no_grad()
