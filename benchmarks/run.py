@@ -132,6 +132,7 @@ def _resolve(options: Options, suite: Suite, console: Console, command: str) -> 
 
         suite, methods, refusals = matched_methods(suite, methods, source)
     data = tuple(load_task(name, data_dir=options.data_dir) for name in suite.tasks)
+    suite = suite.with_overrides(tasks=tuple(task.spec.name for task in data))  # own tasks were paths until here
     store = Store(options.results or Path("results") / suite.name)
     return _Run(options, suite, methods, refusals, data, source, device, store, console, command)
 

@@ -10,6 +10,7 @@ from .base import Example, TaskData, TaskSpec
 from .commonsense import COMMONSENSE_TASKS, load_commonsense
 from .glue import GLUE_TASKS, load_glue
 from .loading import DataUnavailable, InvalidData, UnknownTask
+from .own import is_task_file, load_own
 from .quick import QUICK_TASKS, load_quick
 
 __all__ = [
@@ -41,7 +42,7 @@ def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:
     """Loads a task of any suite.
 
     Args:
-        name: a key of `TASKS`.
+        name: a key of `TASKS`, or the path of a TOML file that describes an own task (`benchmarks.tasks.own`).
         data_dir: folder with the files of the real tasks; ``None`` loads them from the hub. Generated tasks
             need neither.
 
@@ -50,6 +51,11 @@ def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:
         DataUnavailable: the rows cannot be had; the message names the ways out.
         InvalidData: rows were found that cannot be used.
     """
+    if is_task_file(name):
+        task = load_own(Path(name))
+        if task.spec.name in TASKS:
+            raise InvalidData(f"{name}: name = {task.spec.name!r} is a built-in task's name; choose another one")
+        return task
     if name in _QUICK:
         return load_quick(name)
     if name in GLUE_TASKS:
