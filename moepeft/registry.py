@@ -24,6 +24,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "hydralora": "moepeft.methods.hydralora:HydraLoRA",
     "mtl-lora": "moepeft.methods.mtl_lora:MTLLoRA",
     "lora-per-task": "moepeft.methods.lora_per_task:LoRAPerTask",
+    "mola": "moepeft.methods.mola:MoLA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moepeft
 from tests.golden.replay import Case, Host, Replay
@@ -21,8 +21,10 @@ def replay_layer(
     *,
     into: View = lambda name, value: value,
     view: View = lambda name, gradient: gradient,
+    host: nn.Module | None = None,
+    aux_unit: float = 1.0,
 ) -> Replay:
-    """One adapted layer.
+    """One adapted layer, and its auxiliary loss where the case has one.
 
     Args:
         case: the case.
@@ -30,9 +32,11 @@ def replay_layer(
         names: golden name -> the adapter's parameter; ``B.0|B.1`` are golden tensors that one parameter stacks.
         into: brings a golden parameter to the library's layout.
         view: brings a gradient back.
+        host: a model whose layer `base` is the case's; one that has no other layer unless given.
+        aux_unit: the library's loss where the case's is 1.
     """
     t = case.tensors
-    host = Host(t, "base")
+    host = Host(t, "base") if host is None else host
     attachment = moepeft.attach(host, factory)
     host.to(t["x"].dtype).train()
     attachment.load_state_dict(
@@ -47,16 +51,35 @@ def replay_layer(
     x = t["x"].clone().requires_grad_()
     with attachment.route(task_ids=t["task_id"]) if "task_id" in t else nullcontext():
         y = host(x)
+        losses = {"auxgrad": attachment.aux_loss() / aux_unit} if "aux_loss" in t else {}
+        if "attention_mask" in t:
+            host(x, attention_mask=t["attention_mask"])
+            losses["auxmaskgrad"] = attachment.aux_loss() / aux_unit
     with attachment.disabled():
         bare = host(x)
     parameters = dict(attachment.named_parameters())
     leaves = {golden: parameters[f"sites.base.{own}"] for golden, own in names.items()}
-    return Replay({"y": y, "adapter_out": y - bare}, {"x": x, **leaves}, y, t["g"], view=view)
+    values = {"y": y, "adapter_out": y - bare}
+    values |= {LOSS_OF[prefix]: value.reshape(1) for prefix, value in losses.items()}
+    return Replay(values, {"x": x, **leaves}, y, t["g"], losses, view)
+
+
+LOSS_OF = {"auxgrad": "aux_loss", "auxmaskgrad": "aux_loss_masked"}
 
 
 def stacked(name: str, number: int) -> str:
     """Golden names of the tensors that one parameter stacks."""
     return "|".join(f"{name}.{index}" for index in range(number))
+
+
+def pairs_of(case: Case) -> dict[str, str]:
+    """Golden names of routed pairs -> the adapter's."""
+    experts = case.config["num_experts"]
+    return {
+        "router": "experts.router",
+        stacked("A", experts): "experts.A",
+        stacked("B", experts): "experts.B",
+    }
 
 
 def replay_moslora(case: Case) -> Replay:
@@ -87,8 +110,17 @@ def replay_mtl_lora(case: Case) -> Replay:
     )
 
 
+def replay_mola(case: Case) -> Replay:
+    """`mola__*`: the layer, and its balance loss with and without mask."""
+    c = case.config
+    factory = moepeft.method("mola", rank=c["r"], alpha=c["alpha"], allocation=(c["num_experts"],), top_k=c["top_k"])
+    # That release divides the counts by tokens, the authors' by choices.
+    return replay_layer(case, factory, pairs_of(case), aux_unit=factory.balance_coefficient / factory.top_k)
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
     "mtl-lora": replay_mtl_lora,
+    "mola": replay_mola,
 }

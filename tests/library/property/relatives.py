@@ -16,4 +16,12 @@ RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         {"rank": counts, "num_experts": counts, "temperature": st.floats(0.1, 1.0), "num_tasks": st.just(TASKS)}
     ),
     "lora-per-task": st.fixed_dictionaries({"rank": counts, "num_tasks": st.just(TASKS)}),
+    "mola": st.fixed_dictionaries(
+        {
+            "rank": counts,
+            "allocation": st.lists(st.integers(2, 4), min_size=1, max_size=3).map(tuple),
+            "top_k": st.integers(1, 2),
+            "tokens": st.sampled_from(["real", "all"]),
+        }
+    ),
 }

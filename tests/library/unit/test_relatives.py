@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
+from tests.support.hosts import build
 
 
 def randomised(model: nn.Module, factory: moepeft.AdapterFactory, seed: int = 0) -> moepeft.Attachment:
@@ -37,3 +38,16 @@ def test_lora_per_task_is_a_lora_of_each_task() -> None:
         lora = moepeft.attach(single, moepeft.method("lora", rank=2))
         lora.load_state_dict({f"sites.0.{name}": own[f"sites.0.{name}"][task] for name in "AB"})
         assert torch.allclose(together[row], single(x[row]), atol=1e-6)
+
+
+# ---------------------------------------------------------------------- MoLA
+
+
+def test_mola_gives_each_stack_its_experts_by_depth() -> None:
+    """T5's two stacks count their layers apart; cross-attention stands in the decoder though it reads the encoder."""
+    for host in ("t5", "bert"):
+        model = build(host)
+        adapters = moepeft.attach(model, moepeft.method("mola", allocation=(3, 5), top_k=1))
+        found = {site: adapters.adapters[site.name].experts.router.shape[0] for site in adapters.sites}
+        assert {site.layer for site in found} == {0, 1}
+        assert all(experts == (3, 5)[site.layer] for site, experts in found.items())
