@@ -25,6 +25,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "mtl-lora": "moepeft.methods.mtl_lora:MTLLoRA",
     "lora-per-task": "moepeft.methods.lora_per_task:LoRAPerTask",
     "mola": "moepeft.methods.mola:MoLA",
+    "loramoe": "moepeft.methods.loramoe:LoRAMoE",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +33,18 @@ def replay_layer(
         names: golden name -> the adapter's parameter; ``B.0|B.1`` are golden tensors that one parameter stacks.
         into: brings a golden parameter to the library's layout.
         view: brings a gradient back.
-        host: a model whose layer `base` is the case's; one that has no other layer unless given.
+        host: a model that returns what the case's layer returns; that layer alone unless given.
         aux_unit: the library's loss where the case's is 1.
     """
     t = case.tensors
     host = Host(t, "base") if host is None else host
     attachment = moepeft.attach(host, factory)
+    site = site_of(attachment, t["base.weight"])
     host.to(t["x"].dtype).train()
     attachment.load_state_dict(
         attachment.state_dict()
         | {
-            f"sites.base.{own}": torch.stack([t[name] for name in golden.split("|")])
+            f"sites.{site}.{own}": torch.stack([t[name] for name in golden.split("|")])
             if "|" in golden
             else into(golden, t[golden])
             for golden, own in names.items()
@@ -58,10 +60,16 @@ def replay_layer(
     with attachment.disabled():
         bare = host(x)
     parameters = dict(attachment.named_parameters())
-    leaves = {golden: parameters[f"sites.base.{own}"] for golden, own in names.items()}
+    leaves = {golden: parameters[f"sites.{site}.{own}"] for golden, own in names.items()}
     values = {"y": y, "adapter_out": y - bare}
     values |= {LOSS_OF[prefix]: value.reshape(1) for prefix, value in losses.items()}
     return Replay(values, {"x": x, **leaves}, y, t["g"], losses, view)
+
+
+def site_of(attachment: moepeft.Attachment, weight: Tensor) -> str:
+    """Name of the layer that has the case's shape."""
+    (name,) = (site.name for site in attachment.sites if (site.out_features, site.in_features) == tuple(weight.shape))
+    return name
 
 
 LOSS_OF = {"auxgrad": "aux_loss", "auxmaskgrad": "aux_loss_masked"}
@@ -118,9 +126,41 @@ def replay_mola(case: Case) -> Replay:
     return replay_layer(case, factory, pairs_of(case), aux_unit=factory.balance_coefficient / factory.top_k)
 
 
+def replay_loramoe(case: Case) -> Replay:
+    """`loramoe__*`: one projection of a feed-forward network, and the loss over rows of two types."""
+    c, t = case.config, dict(case.tensors)
+    factory = moepeft.method(
+        "loramoe@released",
+        rank=c["r"],
+        alpha=c["alpha"],
+        num_experts=c["num_experts"],
+        delta=c["delta"],
+        types=(1, 0),  # the release gives rows of its type 1 the first half of the experts
+    )
+    t["task_id"] = t.pop("task_types")
+    routed = replace(case, tensors=t)
+    return replay_layer(routed, factory, pairs_of(case), host=PartOfFFN(t), aux_unit=factory.balance_coefficient)
+
+
+class PartOfFFN(nn.Module):
+    """A feed-forward network of which the case's layer is one projection, and the other one is never called."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        layer = Host(tensors, "base").base
+        other = nn.Linear(layer.out_features, layer.in_features)
+        self.inward = layer.in_features < layer.out_features
+        self.up_proj, self.down_proj = (layer, other) if self.inward else (other, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.up_proj(x) if self.inward else self.down_proj(x)
+        return output
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
     "mtl-lora": replay_mtl_lora,
     "mola": replay_mola,
+    "loramoe": replay_loramoe,
 }

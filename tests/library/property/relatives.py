@@ -24,4 +24,14 @@ RELATIVES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "tokens": st.sampled_from(["real", "all"]),
         }
     ),
+    "loramoe": st.fixed_dictionaries(
+        {
+            "rank": counts,
+            "num_experts": st.integers(2, 5),
+            "types": st.sampled_from([(), (0, 0, 1, 1), (0, 1, 0, 0)]),
+            "delta": st.sampled_from([0.0, 0.3]),
+            "dispersion": st.sampled_from(["mean", "squared_mean"]),
+            "tokens": st.sampled_from(["real", "all"]),
+        }
+    ),
 }
