@@ -6,8 +6,11 @@ safetensors file.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +20,15 @@ from torch import Tensor, nn
 
 from moepeft import merging
 from moepeft.attach import Attachment, attach
+from moepeft.bridges.low_rank import Factors, factorise
+from moepeft.config import task_number
 from moepeft.errors import AdapterFileError, MoepeftError, Unsupported
 from moepeft.files import check_values, read_json, read_tensors, replacing, write_tensors
 from moepeft.methods.lora import LoRA
-from moepeft.protocols import LinearSite, LoRAShaped
+from moepeft.protocols import LinearSite
 from moepeft.sites import find_sites
+
+_LOG = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -43,56 +50,112 @@ class PeftMissing(MoepeftError, ImportError):
     """The `peft` package is not installed."""
 
 
-def export_lora(attachment: Attachment, folder: str | Path, *, task: int | None = None) -> None:
-    """Write a checkpoint that ``peft.PeftModel.from_pretrained(base, folder)`` loads and reproduces.
+@dataclass(frozen=True)
+class Export:
+    """What an exported checkpoint holds.
+
+    Attributes:
+        folder: where the checkpoint is.
+        ranks: by site, the number of rank-one terms.
+        errors: by site, the norm of what was cut off over the norm of the update; 0 where the export is exact.
+    """
+
+    folder: Path
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The site with the largest error."""
+        return max(self.errors.items(), key=lambda item: item[1])
+
+
+def export_lora(
+    attachment: Attachment, folder: str | Path, *, task: int | None = None, rank: int | None = None
+) -> Export:
+    """Write a checkpoint that ``peft.PeftModel.from_pretrained(base, folder)`` loads.
+
+    Without `rank` the checkpoint reproduces the adapters up to rounding: every site has as many rank-one terms as its
+    update. Servers of many LoRAs want one rank for all sites; `rank` cuts or pads every site to that.
 
     Args:
-        attachment: adapters whose update is one LoRA (per task, for methods that route by task).
+        attachment: adapters whose update is a fixed change of the weights (per task, for methods that route by task).
         folder: where to write; made if need be.
         task: which task's update; needed by methods that route by task, refused by those that do not.
+        rank: of every site; None for as many terms as each update has.
+
+    Returns:
+        Ranks and relative errors of the sites. Where something was cut, the worst site is logged as a warning.
 
     Raises:
         PeftMissing: `peft` is not installed.
         NotMergeable: the update depends on the input.
         MissingRouting: `task` is missing, or given to a method that knows no tasks.
-        Unsupported: the update is a fixed change of the weights but not of LoRA's shape.
     """
     peft = import_peft()
     merging.check(attachment.state, task)
-    factors, scales = {}, set()
-    with torch.no_grad():
-        for site in attachment.sites:
-            adapter = attachment.adapters[site.name]
-            if not isinstance(adapter, LoRAShaped):
-                raise Unsupported(
-                    f"the update of {attachment.factory.name} is not one product of factors B A, which is all that a "
-                    "LoRA checkpoint holds: merge() it and save the base model instead"
-                )
-            factors[site.name] = adapter.lora_factors(task)
-            scales.add(adapter.scale)
-    (rank,) = {A.shape[0] for A, _ in factors.values()}
-    (scale,) = scales
-    factory = attachment.factory
-    alpha, rslora = (factory.alpha, factory.rslora) if isinstance(factory, LoRA) else (scale * rank, False)
-    config = peft.LoraConfig(
+    factors = {site.name: factorise(attachment.adapters[site.name], task, rank) for site in attachment.sites}
+    export = Export(
+        Path(folder),
+        {name: pair.rank for name, pair in factors.items()},
+        {name: pair.error for name, pair in factors.items()},
+    )
+    tensors = {}
+    for name, pair in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.A, pair.B
+    with replacing(export.folder / WEIGHTS) as partial:
+        write_tensors(partial, tensors)
+    _peft_config(peft, attachment, factors).save_pretrained(export.folder)
+    site, error = export.worst
+    if error:
+        _LOG.warning("%s: rank %s cuts off %.2g of the update of %s, the worst site", folder, rank, error, site)
+    return export
+
+
+def export_all_tasks(
+    attachment: Attachment, folder: str | Path, *, names: Sequence[str] | None = None, rank: int | None = None
+) -> tuple[Export, ...]:
+    """Write one checkpoint for each task, as servers of many LoRAs want them.
+
+    Args:
+        attachment: adapters of a method that routes by task.
+        folder: gets one folder per task.
+        names: of the folders, one per task; default: ``task-0``, ``task-1``, ...
+        rank: see `export_lora`.
+
+    Raises:
+        Unsupported: the method knows no tasks, or the number of names is wrong.
+        NotMergeable: the update depends on the input.
+    """
+    tasks = task_number(attachment.factory)
+    if tasks is None or attachment.factory.capabilities.routing != "task":
+        raise Unsupported(f"{attachment.factory.name} has one update for all tasks: call export_lora(...) once")
+    names = [f"task-{task}" for task in range(tasks)] if names is None else names
+    if len(names) != tasks:
+        raise Unsupported(f"got {len(names)} names for {tasks} tasks: give one name per task")
+    return tuple(export_lora(attachment, Path(folder) / names[task], task=task, rank=rank) for task in range(tasks))
+
+
+def _peft_config(peft: ModuleType, attachment: Attachment, factors: Mapping[str, Factors]) -> Any:
+    """The checkpoint's configuration. Sites whose rank or scale is not the commonest one are listed by name."""
+    factory, model = attachment.factory, attachment.model
+    (rank, scale), _ = Counter((pair.rank, pair.scale) for pair in factors.values()).most_common(1)[0]
+    others = {name: pair for name, pair in factors.items() if (pair.rank, pair.scale) != (rank, scale)}
+    plain = isinstance(factory, LoRA) and not others and rank == factory.rank
+    alpha, rslora = (factory.alpha, factory.rslora) if plain and isinstance(factory, LoRA) else (scale * rank, False)
+    return peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
+        # peft matches these patterns against the ends of names; the anchor keeps one site from meaning another.
+        rank_pattern={f"^{re.escape(name)}": pair.rank for name, pair in others.items()},
+        alpha_pattern={f"^{re.escape(name)}": pair.scale * pair.rank for name, pair in others.items()},
         lora_dropout=getattr(factory, "dropout", 0.0),
-        target_modules=target_modules(attachment.model, attachment.sites),
-        fan_in_fan_out=fan_in_fan_out(attachment.model, attachment.sites),
+        target_modules=target_modules(model, attachment.sites),
+        fan_in_fan_out=fan_in_fan_out(model, attachment.sites),
         inference_mode=True,
-        base_model_name_or_path=getattr(getattr(attachment.model, "config", None), "_name_or_path", None) or None,
+        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     )
-    folder = Path(folder)
-    tensors = {
-        f"{_PREFIX}{name}.lora_{letter}.weight": factor
-        for name, pair in factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    }
-    with replacing(folder / WEIGHTS) as partial:
-        write_tensors(partial, tensors)
-    config.save_pretrained(folder)
 
 
 def import_lora(model: nn.Module, folder: str | Path) -> Attachment:

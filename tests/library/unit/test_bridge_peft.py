@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import moepeft
 from benchmarks.methods.peft import BASELINES, PeftBaseline, attach_peft
-from moepeft.bridges.peft_checkpoints import PeftMissing, export_lora, import_lora
+from moepeft.bridges.peft_checkpoints import PeftMissing, export_all_tasks, export_lora, import_lora
 from moepeft.errors import (
     AdapterFileError,
     AlreadyAttached,
@@ -82,11 +82,10 @@ def test_exported_factors_are_exact_in_double_precision(spec: str, tmp_path: Pat
     assert torch.allclose(loaded(x), expected, atol=1e-12)
 
 
-def test_export_refuses_what_is_not_one_lora(tmp_path: Path) -> None:
+def test_export_refuses_what_is_no_fixed_change_of_the_weights(tmp_path: Path) -> None:
     for spec, error, message, task in (
         ("mixlora", NotMergeable, "every token has its own experts", None),
         ("tucka", NotMergeable, "mean input of each batch", None),
-        ("ept", Unsupported, "not one product of factors", 0),
         ("more", MissingRouting, r"merge\(task=", None),
         ("lora", MissingRouting, "without task", 1),
     ):
@@ -96,14 +95,74 @@ def test_export_refuses_what_is_not_one_lora(tmp_path: Path) -> None:
         assert not (tmp_path / spec).exists()
 
 
-def test_export_asks_for_factors_and_scale_and_for_nothing_else(tmp_path: Path) -> None:
-    adapters = moepeft.attach(build("bert"), moepeft.method("lora"))
+MERGEABLE = [name for name in moepeft.available() if moepeft.method(name).capabilities.not_mergeable is None]
+
+
+def adapted(spec: str, host: str = "bert") -> tuple[moepeft.Attachment, dict[str, Tensor], int | None]:
+    model = build(host)
+    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=TASKS))
     perturb(adapters.parameters())
-    export_lora(adapters, tmp_path / "whole")
-    for adapter in adapters.adapters.values():
-        del adapter.scale
-    with pytest.raises(Unsupported, match="LoRA checkpoint"):
-        export_lora(adapters, tmp_path / "none")
+    return adapters, batch(model, padded=2), 1 if adapters.factory.capabilities.routing == "task" else None
+
+
+@pytest.mark.parametrize("host", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("spec", MERGEABLE)
+def test_every_mergeable_method_is_reproduced_by_peft_at_full_rank(spec: str, host: str, tmp_path: Path) -> None:
+    adapters, inputs, task = adapted(spec, host)
+    expected = run(adapters.model, inputs, **({} if task is None else {"task_ids": torch.full((4,), task)}))
+    export = export_lora(adapters, tmp_path, task=task)
+    assert set(export.ranks) == {site.name for site in adapters.sites}
+    assert max(export.errors.values()) == 0
+    loaded = peft.PeftModel.from_pretrained(build(host), tmp_path)
+    assert torch.allclose(run(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", MERGEABLE)
+def test_a_cut_export_is_the_best_of_its_rank_and_says_what_is_lost(
+    spec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters, _, task = adapted(spec)
+    export = export_lora(adapters, tmp_path, task=task, rank=2)
+    assert set(export.ranks.values()) == {2}
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for site in adapters.sites:
+        update = adapters.adapters[site.name].delta_weight(task).detach()  # type: ignore[operator]
+        A, B = (written[f"base_model.model.{site.name}.lora_{letter}.weight"] for letter in "AB")
+        assert (A.shape[0], B.shape[1]) == (2, 2)
+        left = torch.linalg.svdvals(update - config["lora_alpha"] / config["r"] * B @ A)
+        all_of_it = torch.linalg.svdvals(update)
+        # Eckart and Young: what is left has the singular values that were not kept.
+        assert torch.allclose(left[: len(all_of_it) - 2], all_of_it[2:], atol=1e-5 * float(all_of_it[0]))
+        assert export.errors[site.name] == pytest.approx(float(all_of_it[2:].norm() / all_of_it.norm()), abs=1e-5)
+    worst, error = export.worst
+    assert error == max(export.errors.values()) > 0
+    (warning,) = caplog.records
+    assert worst in warning.getMessage()
+
+
+def test_a_rank_above_the_updates_own_is_padded_and_exact(tmp_path: Path) -> None:
+    adapters, inputs, task = adapted("ept")
+    expected = run(adapters.model, inputs, task_ids=torch.full((4,), task))
+    own = max(export_lora(adapters, tmp_path / "own", task=task).ranks.values())
+    export = export_lora(adapters, tmp_path / "padded", task=task, rank=own + 3)
+    assert set(export.ranks.values()) == {own + 3}
+    loaded = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "padded")
+    assert torch.allclose(run(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_folder_for_each_task(tmp_path: Path) -> None:
+    adapters, inputs, _ = adapted("moelora")
+    exports = export_all_tasks(adapters, tmp_path, names=("a", "b", "c"), rank=16)
+    assert [export.folder.name for export in exports] == ["a", "b", "c"]
+    for task, export in enumerate(exports):
+        loaded = peft.PeftModel.from_pretrained(build("bert"), export.folder)
+        expected = run(adapters.model, inputs, task_ids=torch.full((4,), task))
+        assert torch.allclose(run(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(Unsupported, match="2 names for 3 tasks"):
+        export_all_tasks(adapters, tmp_path, names=("a", "b"))
+    with pytest.raises(Unsupported, match="export_lora"):
+        export_all_tasks(adapted("lora")[0], tmp_path)
 
 
 def trained_by_peft(host: str, folder: Path, *, double: bool = False, **options: Any) -> tuple[nn.Module, Any]:
