@@ -48,7 +48,7 @@ $(DOCS): $(TOOLS)
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[peft]" datasets pytest hypothesis beartype
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[peft,trainer,tucker]" datasets pytest hypothesis beartype
 	touch $@
 
 clean:

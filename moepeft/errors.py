@@ -50,6 +50,10 @@ class ContractError(MoepeftError, AssertionError):
     """A method does not do what it declares, or what every method must do (`moepeft.testing`)."""
 
 
+class TransformersMissing(MoepeftError, ImportError):
+    """The `transformers` package is not installed."""
+
+
 class AdapterFileError(MoepeftError):
     """A saved adapter is missing, damaged, foreign or made for another model. The model was left as it was.
 

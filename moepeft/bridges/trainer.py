@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from moepeft.attach import Attachment, attachment, load
-from moepeft.errors import AdapterFileError, Unsupported
+from moepeft.errors import AdapterFileError, TransformersMissing, Unsupported
 from moepeft.files import check_values, read_tensors, replacing, write_tensors
 from moepeft.state import SLOT
+
+try:
+    from transformers import Seq2SeqTrainer, Trainer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.trainer import TRAINING_ARGS_NAME
+except ImportError as error:
+    raise TransformersMissing("this needs the transformers package: pip install 'moepeft[trainer]'") from error
 
 if TYPE_CHECKING:  # the mixin stands before a Trainer: its super() is one
     from transformers import Trainer as _Base

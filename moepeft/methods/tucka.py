@@ -28,12 +28,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-import tensorly
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from tensorly.tenalg import multi_mode_dot
 from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
@@ -221,6 +219,9 @@ def dense_update(
 
     The definition the fast path is held to; it costs in^2 memory and is meant for reading and for tests.
     """
+    import tensorly  # of the extra `tucker`; the fast path does without
+    from tensorly.tenalg import multi_mode_dot
+
     unit_core, unit_factor, unit_mixing = (tensor / tensor.norm() for tensor in (core, factor, mixing))
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         slices = multi_mode_dot(unit_core, [unit_mixing, unit_factor, unit_factor], modes=[0, 1, 2])

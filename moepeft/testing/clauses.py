@@ -56,7 +56,8 @@ def train(adapters: Attachment, host: Host, inputs: Inputs) -> Tensor:
     torch.manual_seed(6)
     adapters.model.train()
     loss = host.output(adapters.model(**inputs, task_ids=IDS)).square().mean() + adapters.aux_loss()
-    loss.backward()  # type: ignore[no-untyped-call]
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
     adapters.model.eval()
     return loss
 
@@ -117,6 +118,8 @@ def bare_model_is_untouched(factory: AdapterFactory, host: Host) -> None:
     with torch.no_grad():
         _require(torch.equal(host.output(model(**inputs)), expected), "detach() does not leave the bare model")
     _require(list(model.state_dict()) == list(bare.state_dict()), "detach() leaves other keys in state_dict()")
+    _require(all(p.requires_grad for p in model.parameters()), "detach() leaves parameters frozen that trained before")
+    _require(not any("forward" in vars(module) for module in model.modules()), "detach() leaves a bound forward")
 
 
 def gradients_reach_every_parameter(factory: AdapterFactory, host: Host) -> None:

@@ -128,6 +128,62 @@ def test_the_wheel_works_without_extras(installed: Path, tmp_path: Path) -> None
     assert Path(out).is_relative_to(installed)
 
 
+BROKEN = {
+    # what the documentation's method is made to do wrong -> what the one line must name
+    "wrong count": (
+        ("sum(site.out_features for site in sites)", "1 + sum(site.out_features for site in sites)"),
+        "count",
+    ),
+    "a lost gradient": (("y * self.factor.to(y.dtype)", "y * self.factor.detach().to(y.dtype)"), "'factor'"),
+    "not the identity": (("identity_at_init=self.start == 0", "identity_at_init=True"), "identity_at_init"),
+}
+
+
+def test_the_contract_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """For the documentation's method outside the checkout, with torch alone; broken ones fail with one line each."""
+    page = (ROOT / "docs/add-a-method.md").read_text()
+    source = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "scaled.py").write_text(source)
+    for name, ((right, wrong), _) in BROKEN.items():
+        assert right in source
+        (tmp_path / f"{name.replace(' ', '_')}.py").write_text(source.replace(right, wrong))
+    out = run(
+        f"""
+        OUT_OF_REACH = {{"transformers", "tensorly", "pytest", "beartype", "hypothesis", "peft", "benchmarks", "tests"}}
+        class Without:
+            # A finder that does not find these, as if they were not installed.
+            def __init__(self, finder):
+                self.finder = finder
+            def find_spec(self, name, path=None, target=None):
+                return None if name.partition(".")[0] in OUT_OF_REACH else self.finder.find_spec(name, path, target)
+            def __getattr__(self, name):
+                return getattr(self.finder, name)
+        sys.meta_path[:] = map(Without, sys.meta_path)
+        sys.path.insert(0, {str(tmp_path)!r})
+        import importlib, torch
+        torch.set_num_threads(1)
+        import moepeft, moepeft.testing
+        assert moepeft.__file__.startswith({str(installed)!r})
+        for start in (0.0, 0.5):
+            moepeft.testing.check_method(importlib.import_module("scaled").Scaled(start=start))
+        for name in {[name.replace(" ", "_") for name in BROKEN]!r}:
+            try:
+                moepeft.testing.check_method(importlib.import_module(name).Scaled(start=0.5))
+            except moepeft.MoepeftError as error:
+                print(type(error).__name__, error)
+            else:
+                print("passed", name)
+        """,
+        installed,
+        tmp_path,
+    )
+    lines = out.splitlines()
+    assert len(lines) == len(BROKEN)
+    for line, (_, named) in zip(lines, BROKEN.values(), strict=True):
+        assert line.startswith("ContractError scaled on ")
+        assert named in line
+
+
 def test_importing_takes_little_beyond_torch(installed: Path, tmp_path: Path) -> None:
     """Best of three, as other processes may take the processor; transformers is not imported along."""
     seconds, modules = [], ""
@@ -153,7 +209,8 @@ def test_lowest_versions_are_those_promised() -> None:
     """What `make test-lowest` installs is each lower bound; torch is left out, and the file says why."""
     text = (ROOT / "constraints-lowest.txt").read_text()
     pinned = dict(line.split("==") for line in text.splitlines() if "==" in line)
-    promised = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["peft"]]
+    extras = PROJECT["optional-dependencies"]
+    promised = [*PROJECT["dependencies"], *(bound for name in ("peft", "trainer", "tucker") for bound in extras[name])]
     bounds = dict(requirement.split(">=") for requirement in promised)
     assert set(bounds) <= set(pinned)
     for name, version in bounds.items():

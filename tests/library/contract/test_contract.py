@@ -6,10 +6,9 @@ says its rows depend on their batch must be seen to do so.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import io
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from moepeft.errors import AuxLossDetached, MissingRouting, NotMergeable, Unsupported
+from moepeft.errors import AuxLossDetached, MissingRouting, Unsupported
 from moepeft.registry import factory_class
+from moepeft.testing import CLAUSES, Clause, Host, check_clause, check_method
 from tests.support.hosts import HOSTS, batch, build, output, rows_of
 
 TASKS = 4
+Inputs = Mapping[str, Tensor]
 IDS = torch.tensor([0, 1, 2, 3])
 
 
@@ -64,153 +65,43 @@ def train_step(model: nn.Module, adapters: moepeft.Attachment, inputs: dict[str,
     model.eval()
 
 
-@everywhere
-@on_hosts
-def test_bare_model_is_untouched(host: str, spec: str) -> None:
-    bare = build(host)
-    inputs = batch(bare, padded=2)
-    expected, keys = run(bare, inputs), list(bare.state_dict())
-    model, adapters = attached(host, spec)
-    assert [key for key in model.state_dict() if "moepeft" not in key] == keys
-    model.load_state_dict(bare.state_dict(), strict=False)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained
-    assert all("moepeft" in name for name in trained)
-    assert len(trained) == len(list(adapters.parameters()))
-    with adapters.disabled():
-        assert torch.equal(run(model, inputs, IDS), expected)
-    assert not torch.equal(run(model, inputs, IDS), expected)
-    adapters.detach()
-    assert torch.equal(run(model, inputs), expected)
-    assert list(model.state_dict()) == keys
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any("forward" in module.__dict__ for module in model.modules())
+def _inputs(name: str) -> Callable[[int, int], Inputs]:
+    return lambda seed, padded: batch(build(name), padded=padded, seed=seed)
 
 
-@everywhere
-@on_hosts
-def test_identity_at_init_or_declared(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec, random=False)
-    inputs = batch(model)
-    with adapters.disabled():
-        expected = run(model, inputs, IDS)
-    close = torch.allclose(run(model, inputs, IDS), expected, atol=1e-6)
-    assert close == adapters.factory.capabilities.identity_at_init
-
-
-@everywhere
-@on_hosts
-def test_save_load_first_forward(host: str, spec: str, tmp_path: Any) -> None:
-    model, adapters = attached(host, spec)
-    inputs = batch(model, padded=2)
-    expected = run(model, inputs, IDS)
-    adapters.save(tmp_path)
-    fresh = build(host)
-    torch.manual_seed(99)
-    again = moepeft.load(fresh, tmp_path)
-    assert again.factory == adapters.factory
-    other = batch(fresh, seed=3)
-    run(fresh, other, IDS)  # a batch of another mean: the release re-draws its centroids here
-    assert torch.equal(run(fresh, inputs, IDS), expected)
-
-
-@everywhere
-@on_hosts
-def test_merge_or_refuse(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
-    model.double()
-    inputs = batch(model, padded=2)
-    capabilities = adapters.factory.capabilities
-    if capabilities.not_mergeable:
-        with pytest.raises(NotMergeable, match=capabilities.not_mergeable.replace("(", r"\(").replace(")", r"\)")):
-            adapters.merge()
-        return
-    before = copy.deepcopy(model.state_dict())
-    for task in range(TASKS) if capabilities.routing == "task" else [None]:
-        ids = torch.full((4,), task or 0)
-        expected = run(model, inputs, ids)
-        adapters.merge(task=task)
-        assert torch.allclose(run(model, inputs, ids), expected, atol=1e-9)
-        assert not any("forward" in module.__dict__ for module in model.modules())  # at the bare model's speed
-        adapters.unmerge()
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-        assert torch.equal(run(model, inputs, ids), expected)
-
-
-@everywhere
-@on_hosts
-@pytest.mark.parametrize("padded", [0, 3])
-def test_rows_stand_alone_or_declared(host: str, spec: str, padded: int) -> None:
-    """A mixed-task batch equals its rows run one by one, each with its own task, with and without padding."""
-    model, adapters = attached(host, spec)
-    model.double()
-    inputs = batch(model, padded=padded)
-    together = run(model, inputs, IDS)
-    alone = torch.cat([run(model, rows_of(inputs, [row]), IDS[[row]]) for row in range(4)])
-    assert torch.allclose(together, alone, atol=1e-9) == adapters.factory.capabilities.row_independent
-
-
-@everywhere
-@on_hosts
-def test_padding_changes_nothing_or_declared(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
-    model.double()
-    inputs = batch(model, padded=3)
+def _longer(inputs: Inputs, positions: int) -> Inputs:
     longer = dict(inputs)
     for name, fill in (("input_ids", 1), ("attention_mask", 0)):
-        longer[name] = nn.functional.pad(inputs[name], (0, 5), value=fill)
-    real = inputs["attention_mask"].bool()
-    short, long = run(model, inputs, IDS), run(model, longer, IDS)
-    long = long[:, : short.shape[1]]
-    if host != "t5":
-        short, long = short[real], long[real]
-    same = torch.allclose(short, long, atol=1e-9)
-    assert same == adapters.factory.capabilities.padding_independent
+        longer[name] = nn.functional.pad(inputs[name], (0, positions), value=fill)
+    return longer
+
+
+def _real(inputs: Inputs) -> Tensor:
+    """The decoder's positions, none of which is padding; else the mask."""
+    decoder = inputs.get("decoder_input_ids")
+    return inputs["attention_mask"].bool() if decoder is None else torch.ones_like(decoder, dtype=torch.bool)
+
+
+def _output(result: Any) -> Tensor:
+    value: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return value
+
+
+MODELS = {name: Host(name, lambda name=name: build(name), _inputs(name), _longer, _real, _output) for name in HOSTS}
 
 
 @everywhere
 @on_hosts
-def test_gradients_reach_what_they_should(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
-    for seed in range(8):
-        train_step(model, adapters, batch(model, padded=2, seed=seed))
-    never = adapters.factory.capabilities.never_trained
-    reached: dict[str, bool] = {}
-    for name, parameter in adapters.named_parameters():
-        # By name within the site: with top-k routing an expert that no task chose at one site is chosen at another.
-        key = name.removeprefix("sites.").removeprefix(next((s.name for s in adapters.sites if s.name in name), ""))
-        reached[key] = reached.get(key, False) or (parameter.grad is not None and bool(parameter.grad.any()))
-    for key, seen in reached.items():
-        assert seen != key.endswith(never or ("-",)), key
-    assert all(p.grad is None for n, p in model.named_parameters() if "moepeft" not in n)
+@pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.__name__)
+def test_clause(clause: Clause, host: str, spec: str) -> None:
+    """The contract that ships with the library, on models of transformers."""
+    check_clause(clause, make(spec), MODELS[host])
 
 
-@everywhere
-@on_hosts
-def test_aux_losses_by_name_from_every_site(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
-    model.train()
-    output(model, batch(model), task_ids=IDS)
-    losses = adapters.aux_losses()
-    assert tuple(losses) == adapters.factory.capabilities.aux_losses
-    assert torch.isclose(adapters.aux_loss(), sum(losses.values(), torch.zeros(())))
-    for terms in adapters.runtime.losses.values():
-        blocks = {site.block for site in adapters.sites if site.block is not None}
-        assert len(terms) in (len(adapters.sites), len(blocks))
-    model.eval()
-    output(model, batch(model), task_ids=IDS)
-    assert adapters.aux_losses() == {}
-
-
-@everywhere
-@on_hosts
-def test_count_equals_closed_form(host: str, spec: str) -> None:
-    _, adapters = attached(host, spec, random=False)
-    count = adapters.parameter_count()
-    assert count.total == count.closed_form == sum(p.numel() for p in adapters.parameters())
-    with torch.device("meta"):
-        model = HOSTS[host]()
-        assert moepeft.attach(model, make(spec)).parameter_count().total == count.total
+@pytest.mark.parametrize("spec", SPECS)
+def test_check_method(spec: str) -> None:
+    """On the hosts that ship with the library; configured for tasks by the check itself."""
+    check_method(moepeft.method(spec))
 
 
 @everywhere
@@ -298,25 +189,6 @@ def test_inputs_go_with_the_forward(host: str, spec: str) -> None:
     run(model, batch(model), IDS)
     assert len(received) >= len(adapters.sites)
     assert not [left for left in received if left() is not None]
-
-
-@everywhere
-@on_hosts
-def test_copies_are_independent(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
-    inputs = batch(model)
-    train_step(model, adapters, inputs)  # leaves graphs behind, which a copy must not trip over
-    expected = run(model, inputs, IDS)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(run(twin, inputs, IDS), expected)
-        for parameter in moepeft.attachment(twin).parameters():
-            parameter.data.zero_()
-        run(twin, inputs, IDS)
-        assert torch.equal(run(model, inputs, IDS), expected)
-        assert torch.equal(run(moepeft.attachment(twin).detach(), inputs), run(build(host), inputs))
 
 
 @everywhere
