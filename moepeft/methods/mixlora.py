@@ -8,11 +8,10 @@ Release: TUDB-Labs/MixLoRA, commit d59d09b6 (block), TUDB-Labs/MoE-PEFT, commit 
     f_i(x): the frozen FFN with LoRA pair i on each of its projections
     y = sum_j w_j f_{i_j}(x);   attention projections carry a plain LoRA (option)
 
-How it is computed. An FFN is linear, element-wise, linear. Each inward projection answers with k copies of the rows,
-one per choice ("streams"), stacked in front of the batch: the frozen product is computed once, the choice of expert
-is a mask on the concatenated rank space of all experts, and the host's own activation code carries the streams on
-whatever its architecture. The outward projection is linear, so the streams are summed with their weights before it
-and the frozen product is computed once again. No gather, no loop over experts, no code of the host is replaced.
+`feed_forward` is that definition over the pieces of the host's FFN. The host runs the same pieces: its inward
+projections answer with k copies of the rows, one per choice ("streams"), stacked in front of the batch; its own
+activation code carries the streams, whatever its architecture; its outward projection sums them with their weights. No
+code of the host is replaced. `moepeft.methods._fast.mixlora` says how the projections save the loop over experts.
 
 Differences between paper and release (preset `released` reproduces those that change numbers):
 * the balance loss of the release pools the counts of all layers before multiplying, so that imbalances of different
@@ -22,22 +21,23 @@ Differences between paper and release (preset `released` reproduces those that c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
+from moepeft.fast import has_fast_path
+from moepeft.methods._fast import mixlora as _fast
 from moepeft.methods._validation import check_choice, check_choices, check_count, check_dropout, check_positive
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import add_linear
 from moepeft.ops.losses import balance_loss, load_counts
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -171,16 +171,88 @@ class Choice(NamedTuple):
     """What the router chose for the tokens of an FFN's input.
 
     Attributes:
-        weights: weights of the k choices, (k, rows, ..., 1), in float32 at least.
-        experts: which expert each choice is, one-hot over E, (k, rows, ..., E).
+        indices: the experts i_j.
+        weights: their weights w_j, in float32 at least.
+        experts: the experts i_j one-hot over E.
     """
 
-    weights: Tensor
-    experts: Tensor
+    indices: Int[Tensor, "*n k"]
+    weights: Float[Tensor, "k *n 1"]
+    experts: Int[Tensor, "k *n experts"]
 
 
-class _ExpertPairs(nn.Module):
-    """The pairs of all experts of one projection, concatenated: A (E r, in), B (out, E r)."""
+class Pairs(NamedTuple):
+    """The LoRA pairs of all experts of one projection, concatenated: A (E r, in), B (out, E r); the scale alpha / r."""
+
+    A: Float[Tensor, "all_r i"]
+    B: Float[Tensor, "o all_r"]
+    scale: float
+
+
+def choose(probabilities: Float[Tensor, "*n experts"], k: int) -> Choice:
+    """The k likeliest experts of each token, their probabilities divided by their sum."""
+    top = probabilities.topk(k, dim=-1)
+    weights = top.values / top.values.sum(dim=-1, keepdim=True)
+    experts = F.one_hot(top.indices.movedim(-1, 0), probabilities.shape[-1])
+    return Choice(top.indices, weights.movedim(-1, 0).unsqueeze(-1), experts)
+
+
+def update_of_experts(
+    x: Float[Tensor, "#k *n i"], pairs: Pairs, experts: Int[Tensor, "k *n experts"]
+) -> Float[Tensor, "k *n o"]:
+    """(alpha / r) B_i A_i x for the expert i that each token chose."""
+    number = experts.shape[-1]
+    update = x.new_zeros(())
+    for i, (A_i, B_i) in enumerate(zip(pairs.A.chunk(number), pairs.B.chunk(number, dim=1), strict=True)):
+        of_i = F.linear(F.linear(x, A_i.to(x.dtype)), B_i.to(x.dtype)) * pairs.scale
+        update = update + experts[..., i, None].to(of_i.dtype) * of_i
+    return update
+
+
+@has_fast_path(_fast.project_in)
+def project_in(
+    y: Float[Tensor, "*n o"], x: Float[Tensor, "*n i"], pairs: Pairs | None, choice: Choice
+) -> Float[Tensor, "k *n o"]:
+    """Stream j: y = W0 x, and the update by expert i_j of each token."""
+    streams = y.expand(len(choice.experts), *y.shape)
+    return streams if pairs is None else streams + update_of_experts(x[None], pairs, choice.experts).to(y.dtype)
+
+
+@has_fast_path(_fast.project_out)
+def project_out(
+    base: Base, h: Float[Tensor, "k *n i"], x: Float[Tensor, "k *n i"], pairs: Pairs | None, choice: Choice
+) -> Float[Tensor, "*n o"]:
+    """sum_j w_j (W0 h_j + the update by expert i_j of x_j): the streams h, and x, which is h after dropout."""
+    outputs = base(h.flatten(0, 1))
+    outputs = outputs.reshape(len(h), -1, *outputs.shape[1:])
+    if pairs is not None:
+        outputs = outputs + update_of_experts(x, pairs, choice.experts).to(outputs.dtype)
+    return (outputs * choice.weights.to(outputs.dtype)).sum(dim=0)
+
+
+def feed_forward(
+    x: Float[Tensor, "*n d"],
+    choice: Choice,
+    inward: Sequence[tuple[Base, Pairs | None]],
+    activation: Callable[..., Tensor],
+    outward: tuple[Base, Pairs | None],
+) -> Float[Tensor, "*n d"]:
+    """y = sum_j w_j f_{i_j}(x).
+
+    Args:
+        x: input of the FFN.
+        choice: `choose` of the router's probabilities.
+        inward: the FFN's inward projections: frozen layer, and the experts' pairs if it carries any.
+        activation: what the FFN makes of the inward projections' answers: ``silu(gate) * up``, ``relu(up)``.
+        outward: its outward projection.
+    """
+    h = activation(*(project_in(base(x), x, pairs, choice) for base, pairs in inward))
+    base, pairs = outward
+    return project_out(base, h, h, pairs, choice)
+
+
+class _Projection(nn.Module):
+    """A projection of an FFN with the pairs of all experts."""
 
     def __init__(self, site: LinearSite, config: MixLoRA) -> None:
         super().__init__()
@@ -193,12 +265,13 @@ class _ExpertPairs(nn.Module):
             self.A = nn.Parameter(uniform((width, site.in_features), site.in_features**-0.5))
             self.B = nn.Parameter(uniform((site.out_features, width), 0.0))
 
-    def rank_mask(self, experts: Tensor, like: Tensor) -> Tensor:
-        """The choice of expert as a factor on the concatenated rank space, (..., E r)."""
-        return experts.to(like.dtype).repeat_interleave(self.config.rank, dim=-1)
+    @property
+    def pairs(self) -> Pairs | None:
+        """The experts' pairs, if this projection carries any."""
+        return Pairs(self.A, self.B, self.scale) if self.has_experts else None
 
 
-class InwardAdapter(_ExpertPairs):
+class InwardAdapter(_Projection):
     """Gate or up projection: answers with k streams of rows, one per choice, stacked in front of the batch."""
 
     def __init__(self, site: LinearSite, config: MixLoRA, routers: Routers) -> None:
@@ -212,28 +285,22 @@ class InwardAdapter(_ExpertPairs):
         # Routed once per FFN: its first projection does it, the second finds the choice made for the same tensor.
         choice = ctx.of_input(block, x, lambda: self._route(block, x, ctx))
         y = base(x)
-        if not self.has_experts:
-            return y.repeat(self.config.top_k, *(1,) * (y.dim() - 1))
-        down = F.linear(self.dropout(x), self.A.to(x.dtype)) * self.scale
-        streams = down * self.rank_mask(choice.experts, down)
-        return add_linear(y, streams, self.B).flatten(0, 1)
+        return project_in(y, self.dropout(x) if self.has_experts else x, self.pairs, choice).flatten(0, 1)
 
     def _route(self, block: str, x: Tensor, ctx: SiteContext) -> Choice:
         weight = self._routers[0][block]
         with torch.autocast(device_type=x.device.type, enabled=False):
             probabilities = F.linear(x.to(weight.dtype), weight).softmax(dim=-1)
-        top = probabilities.topk(self.config.top_k, dim=-1)
+        choice = choose(probabilities, self.config.top_k)
         if self.training and self.config.balance_coefficient:
-            ctx.loss("balance", ctx.joint_sum(load_counts(probabilities, top.indices, ctx.mask(x))))
-        shares = top.values / top.values.sum(dim=-1, keepdim=True)
+            ctx.loss("balance", ctx.joint_sum(load_counts(probabilities, choice.indices, ctx.mask(x))))
         ctx.stat("probabilities", probabilities)
-        ctx.stat("gates", lambda: torch.zeros_like(probabilities).scatter(-1, top.indices, shares))
-        weights = shares.movedim(-1, 0).unsqueeze(-1)
-        return Choice(weights, F.one_hot(top.indices.movedim(-1, 0), self.config.num_experts))
+        ctx.stat("gates", lambda: (choice.experts * choice.weights).sum(dim=0))
+        return choice
 
 
-class OutwardAdapter(_ExpertPairs):
-    """Down projection: sums the streams with their weights in front of the one frozen product."""
+class OutwardAdapter(_Projection):
+    """Down projection: sums the streams with their weights."""
 
     def forward(self, x: Float[Tensor, "k_rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """Sum over streams of weight times projection."""
@@ -241,10 +308,4 @@ class OutwardAdapter(_ExpertPairs):
         assert block is not None
         choice: Choice = ctx.taken(block)  # it holds activations: let them go with this FFN
         streams = x.reshape(self.config.top_k, -1, *x.shape[1:])
-        weights = choice.weights.to(x.dtype)
-        y = base((streams * weights).sum(dim=0))
-        if not self.has_experts:
-            return y
-        down = F.linear(self.dropout(streams), self.A.to(x.dtype)) * (self.scale * weights)
-        down = (down * self.rank_mask(choice.experts, down)).sum(dim=0)
-        return add_linear(y, down, self.B)
+        return project_out(base, streams, self.dropout(streams) if self.has_experts else streams, self.pairs, choice)

@@ -5,18 +5,16 @@ arXiv 2310.18339, equations 5 to 8.
 Release: liuqidong07/MOELoRA-peft, commit 2d9efa4e (MIT).
 
     w_t = softmax(gate e_t)                       e_t (d_t): embedding of task t; gate (E, d_t), no bias
-    y = W0 x + (alpha / r) sum_i w_t[i] B_i A_i x     E experts of rank r / E
+    y = W0 x + (alpha / r) sum_i w_t[i] B_i A_i x     E experts of rank r / E; note the scale: r is the total rank
 
-Stacked, the experts are one LoRA of rank r whose rank space is multiplied by w_t, each entry r / E times: that is
-what is computed, with one row's gate per row of the batch and no loop over experts. Note the scale: the total rank.
-
-Differences between paper and release (preset `released` reproduces those that change numbers):
-* one gate and one task table serve all layers in the paper and in the class that the release trains; the release
-  also has a class with a gate per layer: ``gate="per_site"``;
-* the release broadcasts gates along dimension 1, which is the batch in ChatGLM's sequence-first layout only:
-  ``layout="sequence_first"``. On a batch-first model it raises, or silently gates positions when both sizes agree;
-* in the release every layer carries an unused gate and table of its own, and row 0 of the table is padding: not
-  reproduced, they change no number. Here tasks count from 0, and -1 pads rows of several tasks.
+Differences between paper and release (the release computes the equations; preset `released` is its recipe):
+* one gate and one task table serve all layers, in the paper and in the class that the release's `main.py` trains. The
+  release has another class with a gate per layer, which its code cannot reach: ``gate="per_site"``, preset `per_site`;
+* the release broadcasts gates along dimension 1. Its model, ChatGLM, is sequence-first: dimension 1 holds the rows, so
+  the release gates rows. On a batch-first model its code gates positions. ``layout="sequence_first"`` is for models
+  like ChatGLM;
+* in the release every layer carries an unused gate and table of its own, and row 0 of the table is padding. Neither is
+  reproduced: they change no number. Here tasks count from 0, and -1 pads rows of several tasks.
 """
 
 from __future__ import annotations
@@ -32,10 +30,13 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
-from moepeft.errors import ConfigError, MissingRouting
+from moepeft.errors import ConfigError
+from moepeft.fast import has_fast_path
+from moepeft.methods._fast import moelora as _fast
+from moepeft.methods._released.moelora import SequenceFirst
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import add_linear, per_row
+from moepeft.ops.linear import per_row
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -57,7 +58,8 @@ class MOELoRA(MethodConfig):
     name: ClassVar[str] = "moelora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {},
-        "released": {"gate": "per_site", "layout": "sequence_first"},
+        "released": {},
+        "per_site": {"gate": "per_site"},
     }
     sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
@@ -95,6 +97,8 @@ class MOELoRA(MethodConfig):
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """The experts of one site, and its gate if it has its own."""
         assert shared is None or isinstance(shared, TaskGate)
+        if self.layout == "sequence_first":
+            return SequenceFirstAdapter(site, self, shared)
         return MOELoRAAdapter(site, self, shared)
 
     def count(self, sites: Sequence[LinearSite]) -> int:
@@ -120,17 +124,34 @@ class TaskGate(nn.Module):
             present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
             embedding = (F.embedding(tasks.clamp(min=0), self.task_embedding) * present).sum(1) / present.sum(1)
         with torch.autocast(device_type=self.gate.device.type, enabled=False):
-            return F.softmax(F.linear(embedding, self.gate), dim=-1)
+            logits: Tensor = F.linear(embedding, self.gate)
+            return logits.softmax(dim=-1)
+
+
+@has_fast_path(_fast.add_experts)
+def add_experts(
+    y: Float[Tensor, "rows *n o"],
+    x: Float[Tensor, "rows *n i"],
+    A: Float[Tensor, "r i"],
+    B: Float[Tensor, "o r"],
+    w: Float[Tensor, "rows experts"],
+    scale: float,
+) -> Float[Tensor, "rows *n o"]:
+    """y + scale sum_i w_i B_i A_i x: expert i owns rows i r/E to (i+1) r/E of the rank, and w weighs it in each row."""
+    experts = w.shape[1]
+    for A_i, B_i, w_i in zip(A.chunk(experts), B.chunk(experts, dim=1), w.T, strict=True):
+        output = F.linear(F.linear(x, A_i.to(x.dtype)), B_i.to(x.dtype))
+        y = y + (scale * per_row(w_i[:, None], output) * output).to(y.dtype)
+    return y
 
 
 class MOELoRAAdapter(nn.Module):
-    """The experts of one site, stacked: A (r, in), B (out, r); expert i owns rows i r/E to (i+1) r/E of the rank."""
+    """The experts of one site, stacked along the rank: A (r, in), B (out, r)."""
 
     def __init__(self, site: LinearSite, config: MOELoRA, shared: TaskGate | None) -> None:
         super().__init__()
         self.scale = config.alpha / config.rank
         self.expert_rank = config.rank // config.num_experts
-        self.rows_dim = 0 if config.layout == "batch_first" else 1
         self.A = nn.Parameter(normal((config.rank, site.in_features), 0.01))
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
         self.dropout = nn.Dropout(config.dropout)
@@ -147,25 +168,18 @@ class MOELoRAAdapter(nn.Module):
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the experts' weighted sum."""
         y = base(x)
-        weights = self._weights(x, ctx)
-        down = F.linear(self.dropout(x), self.A.to(x.dtype))
-        if self.rows_dim == 0:
-            down = down * per_row(weights, down)
-        elif x.dim() == 3:
-            down = down * weights.to(down.dtype)
-        else:
-            raise MissingRouting(f"layout='sequence_first' needs an input of 3 dimensions, got shape {tuple(x.shape)}")
-        return add_linear(y, down, self.B)
+        w = self._weights(x, ctx)
+        return add_experts(y, self.dropout(x), self.A, self.B, w, self.scale)
 
-    def _weights(self, x: Tensor, ctx: SiteContext) -> Float[Tensor, "rows r"]:
-        """The gate's weights, once per rank-one term, times the scale."""
+    def _weights(self, x: Tensor, ctx: SiteContext) -> Float[Tensor, "rows experts"]:
+        """The gate's weights of the experts; sites that share gate and input compute them once."""
 
-        def make() -> tuple[Tensor, Tensor]:
-            gates = self.gate(ctx.task_sets(x.shape[self.rows_dim]))
-            return gates, (gates * self.scale).repeat_interleave(self.expert_rank, dim=-1)
+        def make() -> Tensor:
+            weights: Tensor = self.gate(ctx.task_sets(x.shape[0]))
+            return weights
 
-        gates, weights = make() if self.own_gate is not None else ctx.of_input("moelora.gates", x, make)
-        ctx.stat("gates", gates)
+        weights = make() if self.own_gate is not None else ctx.of_input("moelora.gates", x, make)
+        ctx.stat("gates", weights)
         return weights
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
@@ -177,3 +191,7 @@ class MOELoRAAdapter(nn.Module):
         """A and B diag(w_t)."""
         gates = self.gate(torch.tensor([[task]], device=self.A.device))
         return self.A, self.B * gates.repeat_interleave(self.expert_rank, dim=-1)
+
+
+class SequenceFirstAdapter(SequenceFirst, MOELoRAAdapter):
+    """The layout of the release's model."""

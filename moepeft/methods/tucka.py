@@ -10,7 +10,8 @@ Release: LQF39466/TuckA, commit 15a471dd (no licence: computed anew, nothing cop
         T = U M U^T,   M = sum_i w_i sum_q C[i, q] G[j, q]
     y = base(x + alpha x T)           G[j], U, C divided by their Frobenius norms
 
-`dense_update` is that definition, written with tensorly; the forward never builds T but multiplies from the left.
+`dense_update` is T, written with tensorly; `correct_input` is what reaches the frozen layer. The fast path never builds
+T but multiplies from the left.
 
 Differences between paper and release (preset `released` reproduces those that change numbers):
 * the release averages xbar over padding as well: ``mean="all"``; here over real tokens;
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,11 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import MissingRouting
+from moepeft.fast import has_fast_path
+from moepeft.methods._fast import tucka as _fast
 from moepeft.methods._validation import check_choices, check_count, check_positive
 from moepeft.ops.draws import uniform
-from moepeft.ops.linear import add_linear, token_shares, unit, with_row_mean
+from moepeft.ops.linear import token_shares, with_row_mean
 from moepeft.ops.processes import has_processes
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -107,10 +110,6 @@ class TuckA(MethodConfig):
             cache_consistent=False,
         )
 
-    def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site; the first one is the router's."""
-        return sites
-
     def shared(self, sites: Sequence[LinearSite]) -> nn.Module:
         """The router: centroids as wide as the first site's input."""
         return Router(sites[0], self)
@@ -128,10 +127,6 @@ class TuckA(MethodConfig):
         """k p r^2 + r in + t p per site, and k t in of the first site for the centroids."""
         r, k, t, p = self.rank, self.groups, self.experts, self.shared_rank
         return sum(k * p * r * r + r * site.in_features + t * p for site in sites) + k * t * sites[0].in_features
-
-    def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
-        """TuckA records none: balance comes from the centroids' start."""
-        raise KeyError(name)
 
 
 class Router(nn.Module):
@@ -217,7 +212,7 @@ def dense_update(
 ) -> Float[Tensor, "i i"]:
     """T = U M U^T as a Tucker product: the experts are slices of core x1 C x2 U x3 U, here summed with `weights`.
 
-    The definition the fast path is held to; it costs in^2 memory and is meant for reading and for tests.
+    Costs in^2 memory. Needs the package `tensorly`, which no fast path needs.
     """
     import tensorly  # of the extra `tucker`; the fast path does without
     from tensorly.tenalg import multi_mode_dot
@@ -227,6 +222,31 @@ def dense_update(
         slices = multi_mode_dot(unit_core, [unit_mixing, unit_factor, unit_factor], modes=[0, 1, 2])
         update: Tensor = multi_mode_dot(slices, [weights], modes=[0])
         return update
+
+
+class Factors(NamedTuple):
+    """The parameters of a site: core G, factor U and mixing C."""
+
+    core: Float[Tensor, "k p r r"]
+    factor: Float[Tensor, "i r"]
+    mixing: Float[Tensor, "t p"]
+
+
+@has_fast_path(_fast.correct_input)
+def correct_input(
+    x: Float[Tensor, "rows *n i"],
+    factors: Factors,
+    group: Int[Tensor, "routings"],
+    weights: Float[Tensor, "routings t"],
+    alpha: float,
+) -> Float[Tensor, "rows *n i"]:
+    """x + alpha x T, with the T of each routing's group and weights; one routing serves as many rows as there are."""
+    updates = [
+        dense_update(core, factors.factor, factors.mixing, w).to(x.dtype)
+        for core, w in zip(factors.core.index_select(0, group), weights, strict=True)
+    ]
+    rows = x.reshape(len(updates), -1, *x.shape[1:])
+    return x + alpha * torch.stack([xs @ T for xs, T in zip(rows, updates, strict=True)]).flatten(0, 1)
 
 
 class TuckAAdapter(nn.Module):
@@ -243,11 +263,6 @@ class TuckAAdapter(nn.Module):
         self._router = (router,)  # in a tuple: the router is registered once, elsewhere
         self.is_router_site = router.site_name == site.name
 
-    def map(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows r r"]:
-        """M of each row, its factors divided by their norms."""
-        mixed = weights @ unit(self.mixing)
-        return torch.einsum("bq,bqxy->bxy", mixed, unit(self.core, first=1).index_select(0, group))
-
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output for the corrected input."""
         router = self._router[0]
@@ -263,12 +278,4 @@ class TuckAAdapter(nn.Module):
         ctx.stat("group", group)
         ctx.stat("scores", weights)
         ctx.stat("gates", lambda: router.gates(group, weights))
-        mapping = self.alpha * self.map(group, weights)
-        if mapping.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
-            mapping = mapping.repeat_interleave(x.shape[0] // mapping.shape[0], dim=0)
-        factor = unit(self.factor).to(x.dtype)
-        down = F.linear(x, factor.T)
-        mapping = mapping.to(down.dtype)
-        if mapping.shape[0] == 1:
-            return base(add_linear(x, down, factor @ mapping.squeeze(0).T))
-        return base(add_linear(x, torch.einsum("b...x,bxy->b...y", down, mapping), factor))
+        return base(correct_input(x, Factors(self.core, self.factor, self.mixing), group, weights, self.alpha))

@@ -1,4 +1,4 @@
-"""Linear maps, norms and means over positions."""
+"""Linear maps and means over positions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,6 @@ def add_linear(
     update = F.linear(x, weight.to(x.dtype))
     update = update if scale is None else update.mul_(scale)
     return update.to(y.dtype).add_(y)
-
-
-@has_fast_path(_fast.unit)
-def unit(x: Float[Tensor, "*n"], first: int = 0) -> Float[Tensor, "*n"]:
-    """x over its Euclidean norm, taken over the dimensions from `first` on."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(first, x.dim())), keepdim=True)
-    return x / norm
 
 
 def token_shares(

@@ -9,25 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings
 from torch import Tensor, nn
 
 import moepeft
 from moepeft.errors import NotMergeable
-from tests.library.property.relatives import RELATIVES
-from tests.library.property.test_naive import FIELDS, TASKS, Stack, cases, draw_all
+from tests.library.property.configurations import TASKS, attach_or_draw_again, cases, network
 
-LORA = {"rank": st.integers(1, 6), "alpha": st.floats(0.5, 64.0), "rslora": st.booleans()}
-
-
-@st.composite
-def lora_fields(draw: st.DrawFn) -> dict[str, Any]:
-    return draw_all(draw, LORA)
-
-
-# Those without a naive twin: LoRA is held to the peft package, the relatives to golden vectors.
-FIELDS.update({"lora": lora_fields(), **RELATIVES})
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -48,11 +36,10 @@ def _double() -> Iterator[None]:
 class Trained:
     """A network whose adapters have made a step, and inputs for it."""
 
-    def __init__(self, name: str, case: dict[str, Any]) -> None:
-        torch.manual_seed(case["seed"])
-        self.bare = Stack(case["depth"], case["width"], case["inner"], gated=case["gated"])
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.bare = network(case)
         self.model = copy.deepcopy(self.bare)
-        self.adapters = moepeft.attach(self.model, moepeft.method(name, **case["config"]))
+        self.adapters = attach_or_draw_again(self.model, case["config"])
         rows, length = case["rows"], case["length"]
         real = torch.randint(1, length + 1, (rows, 1)) if case["masked"] else torch.full((rows, 1), length)
         self.mask = (torch.arange(length) < real).long()
@@ -112,14 +99,15 @@ class Trained:
         assert torch.equal(self.model(self.x), self.bare(self.x))
 
 
-@pytest.mark.parametrize("name", sorted(FIELDS))
+@pytest.mark.parametrize("name", moepeft.available())
 def test_random_configurations_keep_their_promises(name: str) -> None:
     moved = []
 
     @settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(cases(name))
     def check(case: dict[str, Any]) -> None:
-        trained = Trained(name, case)
+        assume(case["config"].capabilities.batch_first)
+        trained = Trained(case)
         moved.append(not torch.equal(trained.output, trained.bare(trained.x)))
         trained.saves_and_loads()
         trained.merges_or_refuses()

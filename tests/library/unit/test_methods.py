@@ -27,10 +27,10 @@ from moepeft.methods._fast.ept import (
     spread,
 )
 from moepeft.methods.ept import EPT
-from moepeft.methods.mixlora import MixLoRA
+from moepeft.methods.mixlora import MixLoRA, choose, feed_forward
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
-from moepeft.ops.linear import token_shares, unit, with_row_mean
+from moepeft.ops.linear import token_shares, with_row_mean
 from moepeft.registry import METHODS, factory_class
 from tests.support.hosts import batch, build, output
 
@@ -99,13 +99,6 @@ def test_row_mean_differentiates(masked: bool) -> None:
     same, mean = with_row_mean(x, token_shares(x, mask))
     assert torch.equal(same, x)
     assert torch.allclose(mean, torch.stack(means), atol=1e-14)
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_unit_differentiates(first: int) -> None:
-    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: unit(x, first), x)
-    assert torch.allclose(unit(x, first).flatten(first), F.normalize(x.flatten(first), dim=-1))
 
 
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
@@ -280,7 +273,8 @@ class GatedFFN(nn.Module):
 
 @settings(max_examples=20, deadline=None)
 @given(experts=st.integers(1, 6), rank=st.integers(1, 5), rows=st.integers(1, 3), data=st.data())
-def test_mixlora_streams_equal_the_loop_over_experts(experts: int, rank: int, rows: int, data: st.DataObject) -> None:
+def test_mixlora_in_a_host_is_its_definition(experts: int, rank: int, rows: int, data: st.DataObject) -> None:
+    """Streams through the host's own code, by fast paths, against `feed_forward` over the host's pieces."""
     top_k = data.draw(st.integers(1, experts))
     torch.manual_seed(experts)
     ffn = GatedFFN(6, 10).double()
@@ -289,17 +283,19 @@ def test_mixlora_streams_equal_the_loop_over_experts(experts: int, rank: int, ro
     for parameter in adapters.parameters():
         parameter.data.normal_()
     x = torch.randn(rows, 3, 6, dtype=torch.float64, requires_grad=True)
-    fast, naive = ffn(x), NaiveFFN(ffn, adapters)(x)
-    assert torch.allclose(fast, naive, atol=1e-10)
+    pieces = [
+        (lambda z, layer=layer: F.linear(z, layer.weight, layer.bias), adapters.adapters[name].pairs)
+        for name, layer in ffn.named_children()
+    ]
+    choice = choose(F.linear(x, adapters.shared["/"]).softmax(dim=-1), top_k)
+    with moepeft.fast_paths(False):
+        defined = feed_forward(x, choice, pieces[:2], lambda gate, up: F.silu(gate) * up, pieces[2])
+    fast = ffn(x)
+    assert torch.allclose(fast, defined, atol=1e-10)
     cotangent = torch.randn_like(fast)
     wanted = [x, *adapters.parameters()]
-    for a, b in zip(
-        torch.autograd.grad((fast * cotangent).sum(), wanted, allow_unused=True),
-        torch.autograd.grad((naive * cotangent).sum(), wanted, allow_unused=True),
-        strict=True,
-    ):
-        # With one chosen expert its weight is the constant 1: the loop leaves the router out of the graph.
-        assert torch.allclose(*(torch.zeros(()) if g is None else g for g in (a, b)), atol=1e-9)
+    for a, b in zip(*(torch.autograd.grad((y * cotangent).sum(), wanted) for y in (fast, defined)), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
 
 
 @pytest.mark.parametrize("host", ["bert", "roberta", "deberta", "t5", "gated_t5", "llama", "gpt2"])
@@ -364,10 +360,16 @@ def test_more_selector_trains_and_ranks_change() -> None:
 
 @pytest.mark.parametrize(
     ("scaling", "factor"),
-    [("none", [1, 1, 1, 0]), ("linear", [0.75] * 3 + [0]), ("quadratic", [1 / 64, 4 / 64, 9 / 64, 0])],
+    [
+        ("none", [1, 1, 1, 0]),
+        ("rank", [0.75] * 3 + [0]),
+        ("tasks", [1.5] * 3 + [0]),
+        ("eighths", [1 / 64, 4 / 64, 9 / 64, 0]),
+    ],
 )
 def test_more_scaling(scaling: Any, factor: list[float]) -> None:
-    adapter = moepeft.attach(nn.Sequential(nn.Linear(6, 6)), MoRE(rank=4, scaling=scaling)).adapters["0"]
+    config = MoRE(rank=4, num_tasks=2, scaling=scaling)
+    adapter = moepeft.attach(nn.Sequential(nn.Linear(6, 6)), config).adapters["0"]
     adapter.gate.bias.data = torch.tensor([0.0, 0, 9, 0])
     assert adapter.term_weights()[0].tolist() == pytest.approx(factor)
 

@@ -1,0 +1,1 @@
+"""What the releases compute beside the methods' equations."""
