@@ -66,6 +66,8 @@ class Trainer:
         total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimiser.step()
+        if self.attachment is not None:
+            self.attachment.after_step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {name: loss.detach() for name, loss in losses.items()}, norm
