@@ -9,20 +9,19 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.records.frame import NoRecordsError, Results
 from benchmarks.records.store import RecordError, replacing
 from benchmarks.reporting.build import (
     COMMAND,
     RESULTS,
-    NoRecordsError,
     Report,
     build_report,
     find_differences,
-    load_records,
     write_files,
 )
 from benchmarks.reporting.changes import difference_markdown
+from benchmarks.reporting.parameters import InconsistentRecordsError
 from benchmarks.reporting.readme import ReadmeError, find_folder, update_readme
-from benchmarks.reporting.tables import InconsistentRecordsError
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Options:
 def run(options: Options) -> int:
     """Do what the command line asks; returns the exit status."""
     if options.diff is not None:
-        before, after = (load_records(root) for root in options.diff)
+        before, after = (Results.load(root) for root in options.diff)
         sys.stdout.write(f"From {options.diff[0]} to {options.diff[1]}\n\n{difference_markdown(before, after)}")
         return 0
     roots = options.results or tuple(sorted(path.parent for path in RESULTS.glob("*/records")))
@@ -87,7 +86,7 @@ def main() -> int:
     options = tyro.cli(Options, prog=COMMAND)
     try:
         return run(options)
-    except (NoRecordsError, RecordError, ReadmeError, InconsistentRecordsError) as error:
+    except (RecordError, ReadmeError, InconsistentRecordsError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
 

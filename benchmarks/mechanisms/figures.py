@@ -14,10 +14,10 @@ from benchmarks.reporting.figures.style import (
     COLOURS,
     LINES,
     MARKERS,
-    drawing,
-    legend_beside,
-    new_canvas,
-    svg_bytes,
+    new_figure,
+    put_legend_beside,
+    use_style,
+    write_svg,
 )
 
 
@@ -27,10 +27,10 @@ def draw_scores(experiment: Experiment, frame: pd.DataFrame) -> bytes | None:
     axis = "parameters" if by_size else next(iter(experiment.vary))
     if len(experiment.vary) != 1:
         return None
-    with drawing():
-        canvas = new_canvas()
+    with use_style():
+        figure = new_figure()
         panels = sorted(frame[next(iter(experiment.vary))].unique()) if by_size else [None]
-        plots = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        plots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for plot, panel in zip(plots, panels, strict=True):
             field = next(iter(experiment.vary))
             some = frame if panel is None else frame[frame[field] == panel]
@@ -47,8 +47,8 @@ def draw_scores(experiment: Experiment, frame: pd.DataFrame) -> bytes | None:
             plot.set_xlabel(axis)
         plots[0].set_ylabel("R2, mean over tasks")
         plots[0].set_ylim(-0.1, 1.05)
-        legend_beside(plots[-1])
-        return svg_bytes(canvas, experiment.question)
+        put_legend_beside(plots[-1])
+        return write_svg(figure, experiment.question)
 
 
 def _draw_line(plot, some: pd.DataFrame, axis: str, name: str, number: int) -> None:  # type: ignore[no-untyped-def]

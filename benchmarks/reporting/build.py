@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from benchmarks.records.schema import RunRecord
-from benchmarks.records.store import Store, replacing
-from benchmarks.records.trials import trial_store
-from benchmarks.reporting.comparable import Group, group_records
-from benchmarks.reporting.comparison import comparison_table, equivalence_band
-from benchmarks.reporting.figures.figures import draw_figures
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.records.comparable import Group
+from benchmarks.records.frame import Results
+from benchmarks.records.store import replacing
+from benchmarks.reporting.comparison import comparison_table
+from benchmarks.reporting.figures.plan import plan_figures
+from benchmarks.reporting.figures.style import use_style, write_svg
 from benchmarks.reporting.footnotes import group_caption, records_hash
+from benchmarks.reporting.parameters import parameters_table
 from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
 from benchmarks.reporting.scores import scores_table
-from benchmarks.reporting.tables import parameters_table, throughput_table
+from benchmarks.reporting.throughput import throughput_table
 from benchmarks.reporting.tuning import tuning_tables
+from benchmarks.statistics.intervals import EQUIVALENCE_BAND
 
 RESULTS = Path("results")
 COMMAND = "python -m benchmarks.report"
@@ -25,23 +31,19 @@ HEADER_BYTES = 2000
 """The line that says what wrote a file stands within so many bytes of its start."""
 
 
-class NoRecordsError(ValueError):
-    """A folder holds no records to report on."""
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a results folder should hold.
 
     Attributes:
         tables: bytes by path relative to the results folder.
-        figures: SVG by path relative to the results folder.
+        figures: what draws an SVG, by path relative to the results folder.
         markdown: all tables, as printed after a run.
         scores: the table of scores alone, per protocol.
     """
 
     tables: dict[str, bytes]
-    figures: dict[str, bytes]
+    figures: Mapping[str, Callable[[], bytes]]
     markdown: str
     scores: str
 
@@ -53,20 +55,20 @@ def build_report(root: Path, reference: str | None = None) -> Report:
         root: the results folder.
         reference: method that scores and step times are compared with; None takes the protocol's own, if it has one.
     """
-    store = Store(root)
-    records = load_records(root)
-    groups = group_records(records)
-    content = records_hash([*records, *trial_store(root).all()])
+    results = Results.load(root)
+    frame, groups = results.frame(), results.groups()
+    content = records_hash([*results.records, *results.trials])
     header = f"Written by `{_command(root, reference)}` from records with SHA-256 {content}"
-    by_group = [(group, _tables(group, store, reference)) for group in groups]
+    frames = {group.key: frame[frame["protocol_id"] == group.key] for group in groups}
+    by_group = [(group, _tables(group, frames[group.key], results, reference)) for group in groups]
     files: dict[str, bytes] = {}
     for name in dict.fromkeys(table.name for _, tables in by_group for table in tables):
         same_kind = [(group, table) for group, tables in by_group for table in tables if table.name == name]
         files |= _table_files(name, same_kind, header)
     figures = {
-        f"figures/{name if len(groups) == 1 else f'{name}-{group.key[:8]}'}.svg": svg
+        f"figures/{name if len(groups) == 1 else f'{name}-{group.key[:8]}'}.svg": partial(_draw, drawing, header)
         for group in groups
-        for name, svg in draw_figures(group, header).items()
+        for name, drawing in plan_figures(frames[group.key], group).items()
     }
     parts = [f"## {_relative(root)}\n"]
     for group, tables in by_group:
@@ -76,13 +78,25 @@ def build_report(root: Path, reference: str | None = None) -> Report:
     return Report(files, figures, "\n".join(parts), scores)
 
 
-def load_records(root: Path) -> list[RunRecord]:
-    """The records under `root`; raises `NoRecordsError` if there are none."""
-    records = Store(root).all()
-    if not records:
-        folder = Store(root).records_folder
-        raise NoRecordsError(f"there are no records under {folder}; run `python -m benchmarks.run` first")
-    return records
+def make_tables(
+    frame: pd.DataFrame,
+    load_outcomes: Callable[[], pd.DataFrame],
+    reference: str | None = None,
+    band: float = EQUIVALENCE_BAND,
+) -> list[Table]:
+    """Every table of one protocol.
+
+    Args:
+        frame: the long frame of that protocol.
+        load_outcomes: gives the predictions of its runs; not called where nothing is compared.
+        reference: method that scores and step times are compared with.
+        band: differences that count as none, as a share.
+    """
+    tables = [scores_table(frame)]
+    if reference is not None:
+        compared = comparison_table(frame, load_outcomes(), reference, band)
+        tables += [] if compared is None else [compared]
+    return [*tables, parameters_table(frame), throughput_table(frame, reference), *tuning_tables(frame)]
 
 
 def write_report(root: Path, reference: str | None = None) -> str:
@@ -94,7 +108,8 @@ def write_report(root: Path, reference: str | None = None) -> str:
 
 def write_files(root: Path, report: Report) -> None:
     """Bring the generated files under `root` to what `report` says; files that say so already are not touched."""
-    for name, content in {**report.tables, **report.figures}.items():
+    drawn = {name: draw() for name, draw in report.figures.items()}
+    for name, content in {**report.tables, **drawn}.items():
         path = root / name
         if path.is_file() and path.read_bytes() == content:
             continue
@@ -118,13 +133,14 @@ def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _tables(group: Group, store: Store, reference: str | None) -> list[Table]:
-    name = reference or group.protocol.reference
-    tables = [scores_table(group)]
-    if name is not None:
-        compared = comparison_table(group, store.outcomes, name, equivalence_band(group))
-        tables += [] if compared is None else [compared]
-    return [*tables, parameters_table(group), throughput_table(group, name), *tuning_tables(group, store)]
+def _draw(drawing: Callable[[], Figure], header: str) -> bytes:
+    with use_style():
+        return write_svg(drawing(), header)
+
+
+def _tables(group: Group, frame: pd.DataFrame, results: Results, reference: str | None) -> list[Table]:
+    name, band = reference or group.protocol.reference, group.protocol.equivalence_band / 100
+    return make_tables(frame, lambda: results.outcomes(group.key), name, band)
 
 
 def _table_files(name: str, same_kind: Sequence[tuple[Group, Table]], header: str) -> dict[str, bytes]:

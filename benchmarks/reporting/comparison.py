@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.multitest import multipletests
 
-from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import RecordError
-from benchmarks.reporting.comparable import Group, MethodRuns
 from benchmarks.reporting.render import Table
-from benchmarks.reporting.scores import method_scores
-from benchmarks.statistics.intervals import EQUIVALENCE_BAND, Difference, holm, seeds_to_settle, verdict
+from benchmarks.reporting.scores import average_scores
+from benchmarks.reporting.tuning import find_trials
+from benchmarks.reporting.views import (
+    count_runs,
+    find_label,
+    find_tasks,
+    is_baseline,
+    name_protocol,
+    pivot_costs,
+    select_finished,
+    select_reported,
+)
+from benchmarks.statistics.intervals import EQUIVALENCE_BAND, Difference, verdict
 from benchmarks.statistics.paired import PairedTask, metric_value, paired_difference
 
-LoadOutcomes = Callable[[RunRecord], pd.DataFrame]
+AT_EDGE = "at the edge of its grid"
+REFERENCE_AT_EDGE = "reference at the edge of its grid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,126 +36,157 @@ class Comparison:
     """One method against the reference, over the tasks that both have scores for."""
 
     label: str
+    is_baseline: bool
     difference: Difference
     tasks: int
 
 
 def comparison_table(
-    group: Group, load_outcomes: LoadOutcomes, reference: str, band: float = EQUIVALENCE_BAND
+    frame: pd.DataFrame, outcomes: pd.DataFrame, reference: str, band: float = EQUIVALENCE_BAND
 ) -> Table | None:
-    """Differences, Holm-adjusted p-values and verdicts; None when there is nothing to compare."""
-    base = group.row(reference)
+    """Differences, Holm-adjusted p-values and verdicts; None when there is nothing to compare.
+
+    Args:
+        frame: the long frame of one protocol.
+        outcomes: the predictions of its runs, as `Results.outcomes` gives them.
+        reference: a label, or a method that has one label.
+        band: differences that count as none, as a share.
+
+    Raises:
+        RecordError: outcomes that do not belong to the scores, or that cover other rows than those of another run.
+    """
+    runs = count_runs(frame)
+    base = find_label(runs, reference)
     if base is None:
         return None
-    pairs = _Pairs(group, base, load_outcomes)
-    others = [runs for runs in group.rows if runs is not base and not _is_untrained(runs)]
-    found = [comparison for runs in others if (comparison := pairs.compare(runs)) is not None]
-    if not found:
+    trained = _find_trained(frame)
+    others = [str(label) for label in runs.index if label != base and label in trained]
+    pairs = _Pairs(frame, outcomes, base)
+    compared = [
+        Comparison(label, is_baseline(str(runs.loc[label, "method"])), *pair)
+        for label in others
+        if (pair := pairs.compare(label)) is not None
+    ]
+    if not compared:
         return None
-    adjusted = holm([comparison.difference.p_value for comparison in found])
-    facts = [_facts(comparison, float(p), band, len(found)) for comparison, p in zip(found, adjusted, strict=True)]
-    left_out = [runs.label for runs in others if runs.label not in {comparison.label for comparison in found}]
+    edges = {trials.method for trials in find_trials(frame) if trials.at_edge}
+    facts = _facts(compared, base, edges, band)
+    left_out = [label for label in others if label not in {comparison.label for comparison in compared}]
     return Table(
         "comparison",
-        f"Compared with {base.label} ({group.label})",
-        pd.DataFrame([_cells(fact, len(group.tasks)) for fact in facts]),
+        f"Compared with {base} ({name_protocol(frame)})",
+        pd.DataFrame([_cells(fact, len(find_tasks(select_reported(frame)))) for fact in facts]),
         pd.DataFrame(facts),
-        _notes(band, left_out, is_single=any(comparison.difference.seeds == 1 for comparison in found)),
+        _notes(band, left_out, is_single=any(comparison.difference.seeds == 1 for comparison in compared)),
     )
 
 
-def equivalence_band(group: Group) -> float:
-    """The differences that count as none, as a share; protocols tell it in points."""
-    return group.protocol.equivalence_band / 100
-
-
 class _Pairs:
-    """Reads outcomes once per run and pairs them up."""
+    """Finds the predictions of runs of the same seed."""
 
-    def __init__(self, group: Group, base: MethodRuns, load_outcomes: LoadOutcomes) -> None:
-        self.group = group
+    def __init__(self, frame: pd.DataFrame, outcomes: pd.DataFrame, base: str) -> None:
         self.base = base
-        self.load_outcomes = load_outcomes
-        self.loaded: dict[str, pd.DataFrame] = {}
+        self.averaged = {row.label: row.averaged for row in average_scores(frame)}
+        finished = select_finished(frame)
+        self.runs = finished.drop_duplicates("cell")
+        primary = finished[finished["primary"]]
+        keys = zip(primary["cell"], primary["task"], strict=True)
+        self.scores = dict(zip(keys, zip(primary["metric"], primary["value"], strict=True), strict=True))
+        self.outcomes = {
+            key: rows.sort_values("index").reset_index(drop=True) for key, rows in outcomes.groupby(["cell", "task"])
+        }
+        self.with_outcomes = {cell for cell, _ in self.outcomes}
 
-    def compare(self, runs: MethodRuns) -> Comparison | None:
-        both = {record.cell.seed: record for record in self.base.finished if record.outcomes}
-        own = {record.cell.seed: record for record in runs.finished if record.outcomes}
-        seeds = sorted(both.keys() & own.keys())
-        defined = [set(method_scores(side, self.group.tasks).averaged) for side in (runs, self.base)]
-        tasks = [task for task in self.group.tasks if task in defined[0] & defined[1]]
+    def compare(self, label: str) -> tuple[Difference, int] | None:
+        own, base = self._find_cells(label), self._find_cells(self.base)
+        seeds = sorted(own.keys() & base.keys())
+        tasks = [task for task in self.averaged[self.base] if task in self.averaged[label]]
         if not seeds or not tasks:
             return None
-        paired = [self._paired(task, [own[seed] for seed in seeds], [both[seed] for seed in seeds]) for task in tasks]
-        return Comparison(runs.label, paired_difference(paired), len(tasks))
+        cells = [own[seed] for seed in seeds], [base[seed] for seed in seeds]
+        return paired_difference([self._pair(task, *cells) for task in tasks]), len(tasks)
 
-    def _paired(self, task: str, own: Sequence[RunRecord], base: Sequence[RunRecord]) -> PairedTask:
-        frames = [self._rows(record, task) for record in (*own, *base)]
-        keys = frames[0][["index", "label"]]
-        for record, frame in zip((*own, *base), frames, strict=True):
-            if not frame[["index", "label"]].equals(keys):
+    def _find_cells(self, label: str) -> dict[int, str]:
+        runs = self.runs[self.runs["label"] == label]
+        cells = zip(runs["seed"], runs["cell"], strict=True)
+        return {int(seed): str(cell) for seed, cell in cells if cell in self.with_outcomes}
+
+    def _pair(self, task: str, own: Sequence[str], base: Sequence[str]) -> PairedTask:
+        rows = [self._read(cell, task) for cell in (*own, *base)]
+        keys = rows[0][["index", "truth"]]
+        for other in rows:
+            if not other[["index", "truth"]].equals(keys):
                 raise RecordError(
-                    f"the outcomes of {record.cell.method}, seed {record.cell.seed} ({record.cell.id}) cover other "
-                    f"examples of {task} than those of {own[0].cell.method}. Run the group again with --rerun all."
+                    f"the outcomes of {_name_run(other)} cover other examples of {task} than those of "
+                    f"{_name_run(rows[0])}. Run both again with --rerun all."
                 )
-        predictions = np.array([frame["prediction"].to_numpy(float) for frame in frames])
-        labels = keys["label"].to_numpy(float)
-        return PairedTask(own[0].scores[task].primary, labels, predictions[: len(own)], predictions[len(own) :])
+        predictions = np.array([each["prediction"].to_numpy(float) for each in rows])
+        metric = self.scores[own[0], task][0]
+        return PairedTask(metric, keys["truth"].to_numpy(float), predictions[: len(own)], predictions[len(own) :])
 
-    def _rows(self, record: RunRecord, task: str) -> pd.DataFrame:
-        if record.cell.id not in self.loaded:
-            self.loaded[record.cell.id] = self.load_outcomes(record).sort_values(["task", "index"])
-        frame = self.loaded[record.cell.id]
-        rows = frame[frame["task"] == task].reset_index(drop=True)
-        score = record.scores[task]
-        recorded = score.metrics[score.primary]
-        labels, predictions = rows["label"].to_numpy(float), rows["prediction"].to_numpy(float)
-        recomputed = metric_value(score.primary, labels, predictions) if len(rows) else None
-        if recorded is None or recomputed is None or abs(recomputed - recorded) > 1e-6:
+    def _read(self, cell: str, task: str) -> pd.DataFrame:
+        """The predictions of a run on a task, which must give the recorded score."""
+        rows = self.outcomes[cell, task]
+        metric, recorded = self.scores[cell, task]
+        truth, predictions = rows["truth"].to_numpy(float), rows["prediction"].to_numpy(float)
+        recomputed = metric_value(metric, truth, predictions)
+        if not abs(recomputed - recorded) <= 1e-6:
             raise RecordError(
-                f"the outcomes of {record.cell.method}, seed {record.cell.seed} ({record.cell.id}) give "
-                f"{score.primary} {recomputed} on {task}, the record says {recorded}: they do not belong together. "
-                "Delete both files and run the same command again."
+                f"the outcomes of {_name_run(rows)} give {metric} {recomputed} on {task}, the record says {recorded}: "
+                "they do not belong together. Delete both files and run the same command again."
             )
         return rows
 
 
-def _is_untrained(runs: MethodRuns) -> bool:
-    sizes = [record.parameters for record in runs.records if record.parameters is not None]
-    return bool(sizes) and all(size.adapter + size.heads == 0 for size in sizes)
+def _name_run(outcomes: pd.DataFrame) -> str:
+    first = outcomes.iloc[0]
+    return f"{first['label']}, seed {first['seed']} ({first['cell']})"
 
 
-def _facts(comparison: Comparison, adjusted_p: float, band: float, comparisons: int) -> dict[str, Any]:
-    difference = comparison.difference
-    decided = verdict(difference, adjusted_p, band)
-    return {
-        "method": comparison.label,
-        "difference": difference.estimate,
-        "half_width": difference.half_width,
-        "p_value": difference.p_value,
-        "p_holm": adjusted_p,
-        "verdict": decided,
-        "seeds": difference.seeds,
-        "seeds_to_settle": seeds_to_settle(difference, band, comparisons) if decided == "undecided" else None,
-        "tasks": comparison.tasks,
-    }
+def _find_trained(frame: pd.DataFrame) -> set[str]:
+    """Labels of what has trainable numbers; a label that counts none in its records is taken to have them."""
+    sizes = pivot_costs(frame).reindex(columns=["parameters.adapter", "parameters.heads"]).sum(axis=1, min_count=1)
+    largest = sizes.groupby("label").max()
+    return {str(label) for label in count_runs(frame).index if largest.get(label, 1) != 0}
+
+
+def _facts(compared: Sequence[Comparison], base: str, edges: set[str], band: float) -> list[dict[str, Any]]:
+    p_values = np.array([comparison.difference.p_value for comparison in compared])
+    # Nobody asks whether a method beats a baseline that adapts nothing: such rows would only cost the others power.
+    family = np.array([not comparison.is_baseline for comparison in compared])
+    adjusted = p_values.copy()
+    if family.any():
+        adjusted[family] = multipletests(p_values[family], method="holm")[1]
+    facts = []
+    for comparison, p_holm in zip(compared, adjusted, strict=True):
+        difference, number = comparison.difference, 1 if comparison.is_baseline else int(family.sum())
+        said: str = verdict(difference, float(p_holm), band)
+        if edges & {base, comparison.label}:
+            said = REFERENCE_AT_EDGE if base in edges else AT_EDGE
+        facts.append(
+            {
+                "method": comparison.label,
+                "difference": difference.estimate,
+                "half_width": difference.half_width,
+                "p_value": difference.p_value,
+                "p_holm": float(p_holm),
+                "verdict": said,
+                "seeds": difference.seeds,
+                "detectable": difference.find_detectable(number),
+                "tasks": comparison.tasks,
+            }
+        )
+    return facts
 
 
 def _cells(fact: dict[str, Any], tasks: int) -> dict[str, str]:
-    needed = fact["seeds_to_settle"]
-    if fact["verdict"] != "undecided":
-        settled = "-"
-    elif fact["seeds"] < 2:
-        settled = "unknown"
-    else:
-        settled = "more test rows" if needed is None else str(needed)
     return {
         "method": fact["method"],
         "difference": f"{100 * fact['difference']:+z.1f} ± {100 * fact['half_width']:.1f}",
         "p (Holm)": "< 0.001" if fact["p_holm"] < 0.001 else f"{fact['p_holm']:.3f}",
         "verdict": fact["verdict"],
         "seeds": str(fact["seeds"]),
-        "seeds to settle": settled,
+        "detectable": "unknown" if np.isnan(fact["detectable"]) else f"{100 * fact['detectable']:.1f}",
         "tasks": f"{fact['tasks']} of {tasks}",
     }
 
@@ -152,13 +194,19 @@ def _cells(fact: dict[str, Any], tasks: int) -> dict[str, str]:
 def _notes(band: float, left_out: Sequence[str], *, is_single: bool) -> tuple[str, ...]:
     method = (
         "Difference of the mean over tasks, in points, with its 95 % interval: paired by seed and by test example, "
-        "examples resampled within tasks, runs by Student t; p-values adjusted by Holm over the rows of this table."
+        "runs by Student t, examples resampled within tasks (docs/tables.md); p-values adjusted by Holm over the "
+        "methods of this table, baselines apart."
     )
     meaning = (
         f"Equivalent: the whole interval lies within ± {100 * band:g}. Better or worse: adjusted p below 0.05. "
-        "Undecided: neither; then the number of seeds that would settle it at the measured spread, all rows compared."
+        "Undecided: neither. No verdict where the best rate tried was the lowest or the highest: a better one may lie "
+        "beyond."
     )
-    notes = [method, meaning]
+    power = (
+        "Detectable: the true difference, in points, that so many seeds of this spread show with a probability of 80 % "
+        "at the first step of Holm."
+    )
+    notes = [method, meaning, power]
     if is_single:
         notes.append("With one seed the interval knows the test examples only, not the noise of training: undecided.")
     if left_out:

@@ -6,8 +6,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 
+from benchmarks.records.comparable import Group
 from benchmarks.records.schema import Budget, Provenance, RunRecord, Tuning
-from benchmarks.reporting.comparable import Group
 
 SHOWN_PACKAGES = ("torch", "transformers")
 
@@ -69,12 +69,12 @@ def _common_rate(group: Group) -> str:
 def _tuned_rates(group: Group, how: Tuning) -> str:
     """What every method tried, and what it ended with: its records have the rate, the group has not."""
     tried = ", ".join(f"{rate:g}" for rate in how.rates)
-    found = {
+    by_label = {
         row.label: _first_seen(f"{record.cell.protocol.learning_rate:g}" for record in row.records)
         for row in group.rows
         if any(record.budget is not None for record in row.records)
     }
-    chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in found.items())
+    chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in by_label.items())
     return (
         f"learning rate of every method the best of {tried} on rows cut from train (seed {how.seed}, "
         f"{how.steps:,} steps): {chosen or 'none yet'}{_head_rate(group, how.head_learning_rate)}"
@@ -95,16 +95,30 @@ def _data_lines(group: Group) -> list[str]:
     return [f"{', '.join(subjects)}: {line.rstrip('.')}." for line, subjects in sources.items()]
 
 
-def _budget_lines(group: Group) -> list[str]:
-    lines = []
+def find_unequal_budgets(group: Group) -> list[int]:
+    """Seeds whose trained runs did not all see the same tokens in the same order."""
+    return [
+        seed
+        for seed, budgets in _budgets_by_seed(group).items()
+        if len({(budget.order_hash, budget.tokens) for budget in budgets}) > 1
+    ]
+
+
+def _budgets_by_seed(group: Group) -> dict[int, list[Budget]]:
     by_seed: defaultdict[int, list[Budget]] = defaultdict(list)
     for record in group.records:
         if record.status == "ok" and record.budget is not None and record.budget.steps > 0:
             by_seed[record.cell.seed].append(record.budget)
-    for seed, budgets in sorted(by_seed.items()):
+    return dict(sorted(by_seed.items()))
+
+
+def _budget_lines(group: Group) -> list[str]:
+    lines = []
+    unequal = find_unequal_budgets(group)
+    for seed, budgets in _budgets_by_seed(group).items():
         orders = _first_seen(budget.order_hash[:16] for budget in budgets)
         tokens = _first_seen(f"{budget.tokens:,}" for budget in budgets)
-        if len(orders) == len(tokens) == 1:
+        if seed not in unequal:
             lines.append(
                 f"Seed {seed}: {_runs(len(budgets))} {budgets[0].rows:,} rows, {tokens[0]} tokens without "
                 f"padding, in the order with hash {orders[0]}."
@@ -126,6 +140,9 @@ def _hardware_lines(group: Group) -> list[str]:
     timed = {hardware(record.provenance) for record in group.records if record.train_step is not None}
     if len(lines) > 1:
         lines = [line if line in timed else f"{line} Nothing was timed there." for line in lines]
+    if timed:
+        shape = group.protocol.timing
+        lines.append(f"Timed on steps of {shape.rows} sequences of {shape.length} tokens.")
     if len(timed) > 1:
         lines.append("WARNING: timed on more than one machine or set of packages; times do not compare between them.")
     return [*lines, f"Code: {', '.join(_first_seen(_code(record.provenance) for record in group.records))}."]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.records.schema import RunRecord
-from benchmarks.reporting.comparable import Group, MethodRuns, baseline_rank
+from benchmarks.records.comparable import baseline_rank
 from benchmarks.reporting.render import Table
+from benchmarks.reporting.views import (
+    NOT_AVAILABLE,
+    count_runs,
+    find_tasks,
+    is_baseline,
+    name_protocol,
+    select_finished,
+    select_reported,
+    select_scores,
+)
 from benchmarks.statistics.intervals import mean_interval, standard_error
 
-NOT_AVAILABLE = "n/a"
 MEAN = "mean"
 
 # Spread like correlations; every other metric is a share of rows.
@@ -22,8 +30,8 @@ CORRELATIONS = ("matthews", "pearson", "spearman")
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One metric of one task over the seeds of a method.
+class Average:
+    """One metric over the seeds of a method.
 
     Attributes:
         mean: None when it is undefined in any of the runs.
@@ -47,144 +55,141 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class MethodScores:
-    """All figures of one row of the table.
+    """One row of the table.
 
     Attributes:
-        tasks: by task the figures, the primary one first. A task without any score is missing.
-        mean: of the primary figures, over the tasks where that is defined in every run.
+        label: of the row.
+        method: without its preset.
+        finished: number of runs.
+        tasks: by task the averages, that of the primary metric first. A task that a run has no score on is missing.
+        mean: of the primary metrics, over the tasks where they are defined in every run.
         averaged: names of those tasks.
     """
 
-    runs: MethodRuns
-    tasks: dict[str, tuple[Figure, ...]]
-    mean: Figure | None
+    label: str
+    method: str
+    finished: int
+    tasks: Mapping[str, tuple[Average, ...]]
+    mean: Average | None
     averaged: tuple[str, ...]
 
 
-def method_scores(runs: MethodRuns, tasks: Sequence[str]) -> MethodScores:
-    """Average the finished runs of a method."""
-    finished = runs.finished
-    figures = {
-        task: _task_figures(finished, task)
-        for task in tasks
-        if finished and all(task in record.scores for record in finished)
-    }
-    averaged = tuple(task for task, (primary, *_) in figures.items() if primary.mean is not None)
-    mean = None
-    if averaged:
-        per_run = [float(np.mean([_primary(record, task) for task in averaged])) for record in finished]
-        mean = _figure(MEAN, per_run, sum(figures[task][0].rows for task in averaged))
-    return MethodScores(runs, figures, mean, averaged)
-
-
-def ranked_scores(group: Group) -> list[MethodScores]:
-    """The rows in the order they are shown: baselines, then by mean; those that lack a task last."""
-    rows = [method_scores(runs, group.tasks) for runs in group.rows]
-
-    def position(row: MethodScores) -> tuple[int, int, float, str]:
-        missing = len(group.tasks) - len(row.averaged)
-        mean = -math.inf if row.mean is None or row.mean.mean is None else row.mean.mean
-        rank = baseline_rank(row.runs.method)
-        return rank, (missing if rank == baseline_rank("") else 0), -mean, row.runs.label
-
-    return sorted(rows, key=position)
-
-
-def scores_table(group: Group) -> Table:
-    """One column per task, the primary metric first, and the mean over tasks of the primary metric."""
-    rows = ranked_scores(group)
-    lines, facts = [], []
-    for row in rows:
-        cells = {"method": row.runs.label, "seeds": row.runs.seeds}
-        cells |= {_heading(rows, task): _task_cell(row, task) for task in group.tasks}
-        lines.append(cells | {MEAN: _mean_cell(row, len(group.tasks))})
-        facts += _facts(row, group.tasks)
-    return Table(
-        name="scores",
-        title=f"Scores ({group.label})",
-        text=pd.DataFrame(lines),
-        data=pd.DataFrame(facts, columns=["method", "task", "metric", "mean", "half_width", "seeds", "rows", "status"]),
-        notes=(_legend(rows), *_noise_notes(rows), *_score_notes(group)),
-    )
-
-
-def _task_figures(finished: Sequence[RunRecord], task: str) -> tuple[Figure, ...]:
-    first = finished[0].scores[task]
-    names = [first.primary, *(name for name in first.metrics if name != first.primary)]
-    return tuple(
-        _figure(name, [record.scores[task].metrics.get(name) for record in finished], first.rows) for name in names
-    )
-
-
-def _figure(metric: str, values: Sequence[float | None], rows: int) -> Figure:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    # Averaging the runs in which a metric is defined would hide those that went wrong.
-    if len(known) < len(values):
-        return Figure(metric, None, None, rows)
-    mean, half = mean_interval(known)
-    return Figure(metric, mean, None if math.isnan(half) else half, rows)
-
-
-def _primary(record: RunRecord, task: str) -> float:
-    score = record.scores[task]
-    value = score.metrics[score.primary]
-    return math.nan if value is None else value
-
-
-def _heading(rows: Sequence[MethodScores], task: str) -> str:
-    figures = next((row.tasks[task] for row in rows if task in row.tasks), ())
-    names = " / ".join(figure.metric for figure in figures)
-    return f"{task} ({names})" if names else task
-
-
-def _task_cell(row: MethodScores, task: str) -> str:
-    if task in row.tasks:
-        return " / ".join(figure.text for figure in row.tasks[task])
-    return NOT_AVAILABLE if row.runs.finished else row.runs.failure
-
-
-def _mean_cell(row: MethodScores, tasks: int) -> str:
-    if row.mean is None:
-        return NOT_AVAILABLE if row.runs.finished else row.runs.failure
-    return row.mean.text if len(row.averaged) == tasks else f"{row.mean.text} ({len(row.averaged)} of {tasks} tasks)"
-
-
-def _facts(row: MethodScores, tasks: Sequence[str]) -> list[dict[str, object]]:
-    finished = len(row.runs.finished)
-    figures = [(task, figure) for task in tasks for figure in row.tasks.get(task, ())]
-    if row.mean is not None:
-        figures.append((f"{MEAN} of {len(row.averaged)}", row.mean))
-    common = {"method": row.runs.label, "seeds": finished, "status": row.runs.failure or "ok"}
-    if not figures:
-        return [common]
+def average_scores(frame: pd.DataFrame) -> list[MethodScores]:
+    """Average the finished runs of every label, in the order of the frame."""
+    tasks = find_tasks(select_reported(frame))
+    scores = select_scores(select_finished(frame))
     return [
-        common
-        | {
-            "task": task,
-            "metric": figure.metric,
-            "mean": figure.mean,
-            "half_width": figure.half_width,
-            "rows": figure.rows,
-        }
-        for task, figure in figures
+        _average_label(str(label), str(run["method"]), int(run["finished"]), scores[scores["label"] == label], tasks)
+        for label, run in count_runs(frame).iterrows()
     ]
 
 
-def _legend(rows: Sequence[MethodScores]) -> str:
+def rank_rows(frame: pd.DataFrame) -> list[MethodScores]:
+    """The rows in the order they are shown: baselines, then by mean; those that lack a task last."""
+    tasks = find_tasks(select_reported(frame))
+
+    def position(row: MethodScores) -> tuple[int, int, float, str]:
+        mean = -math.inf if row.mean is None or row.mean.mean is None else row.mean.mean
+        missing = 0 if is_baseline(row.method) else len(tasks) - len(row.averaged)
+        return baseline_rank(row.method), missing, -mean, row.label
+
+    return sorted(average_scores(frame), key=position)
+
+
+def scores_table(frame: pd.DataFrame) -> Table:
+    """One column per task, the primary metric first, and the mean over tasks of the primary metric."""
+    rows, runs = rank_rows(frame), count_runs(frame)
+    tasks = find_tasks(select_reported(frame))
+    lines, facts = [], []
+    for row in rows:
+        failure = str(runs.loc[row.label, "failure"])
+        cells = {"method": row.label, "seeds": str(runs.loc[row.label, "seeds"])}
+        cells |= {_heading(rows, task): _task_cell(row, task, failure) for task in tasks}
+        lines.append(cells | {MEAN: _mean_cell(row, len(tasks), failure)})
+        facts += _facts(row, tasks, failure)
+    return Table(
+        name="scores",
+        title=f"Scores ({name_protocol(frame)})",
+        text=pd.DataFrame(lines),
+        data=pd.DataFrame(facts, columns=["method", "task", "metric", "mean", "half_width", "seeds", "rows", "status"]),
+        notes=(_legend(rows), *_noise_notes(rows), *_metric_notes(frame)),
+    )
+
+
+def _average_label(label: str, method: str, finished: int, scores: pd.DataFrame, tasks: list[str]) -> MethodScores:
+    averages = {
+        task: _average_task(rows, finished)
+        for task in tasks
+        if finished and (rows := scores[scores["task"] == task])["cell"].nunique() == finished
+    }
+    averaged = tuple(task for task, (primary, *_) in averages.items() if primary.mean is not None)
+    mean = None
+    if averaged:
+        counted = scores[scores["primary"] & scores["task"].isin(averaged)]
+        tested = sum(averages[task][0].rows for task in averaged)
+        mean = _average(MEAN, counted.groupby("cell", sort=False)["value"].mean(), finished, tested)
+    return MethodScores(label, method, finished, averages, mean, averaged)
+
+
+def _average_task(scores: pd.DataFrame, finished: int) -> tuple[Average, ...]:
+    rows = int(scores["rows"].iloc[0])
+    by_metric = scores.groupby("metric", sort=False)["value"]
+    return tuple(_average(str(metric), values, finished, rows) for metric, values in by_metric)
+
+
+def _average(metric: str, values: pd.Series[float], finished: int, rows: int) -> Average:
+    # Averaging the runs in which a metric is defined would hide those that went wrong.
+    if len(values) < finished or not np.isfinite(values).all():
+        return Average(metric, None, None, rows)
+    mean, half = mean_interval(values)
+    return Average(metric, mean, None if math.isnan(half) else half, rows)
+
+
+def _heading(rows: list[MethodScores], task: str) -> str:
+    averages = next((row.tasks[task] for row in rows if task in row.tasks), ())
+    names = " / ".join(average.metric for average in averages)
+    return f"{task} ({names})" if names else task
+
+
+def _task_cell(row: MethodScores, task: str, failure: str) -> str:
+    if task in row.tasks:
+        return " / ".join(average.text for average in row.tasks[task])
+    return NOT_AVAILABLE if row.finished else failure
+
+
+def _mean_cell(row: MethodScores, tasks: int, failure: str) -> str:
+    if row.mean is None:
+        return NOT_AVAILABLE if row.finished else failure
+    return row.mean.text if len(row.averaged) == tasks else f"{row.mean.text} ({len(row.averaged)} of {tasks} tasks)"
+
+
+def _facts(row: MethodScores, tasks: list[str], failure: str) -> list[dict[str, object]]:
+    averages = [(task, average) for task in tasks for average in row.tasks.get(task, ())]
+    if row.mean is not None:
+        averages.append((f"{MEAN} of {len(row.averaged)}", row.mean))
+    common = {"method": row.label, "seeds": row.finished, "status": failure or "ok"}
+    if not averages:
+        return [common]
+    return [
+        {**common, "task": task, "metric": average.metric, "mean": average.mean, "half_width": average.half_width,
+         "rows": average.rows}
+        for task, average in averages
+    ]  # fmt: skip
+
+
+def _legend(rows: list[MethodScores]) -> str:
     text = "Scores times 100; the mean is over the first metric of every task"
-    if any(len(row.runs.finished) > 1 for row in rows):
+    if any(row.finished > 1 for row in rows):
         text += "; ± is half of the 95 % interval of the mean over seeds (Student t)"
     return f"{text}."
 
 
-def _noise_notes(rows: Sequence[MethodScores]) -> list[str]:
+def _noise_notes(rows: list[MethodScores]) -> list[str]:
     """With one seed there is no interval; what the number of test rows alone says stands in its place."""
-    single = [
-        row for row in rows if len(row.runs.finished) == 1 and baseline_rank(row.runs.method) > 0 and row.averaged
-    ]
+    single = [row for row in rows if row.finished == 1 and row.method != "majority" and row.averaged]
     if not single:
         return []
-    error = float(np.mean([_mean_error(row) for row in single]))
+    error = float(np.mean([estimate_row_error(row) for row in single]))
     note = (
         f"One seed, no interval: from the number of test rows alone the standard error of a mean is {100 * error:.1f}, "
         f"so differences between means below {100 * 1.96 * math.sqrt(2) * error:.1f} are noise; the noise of training "
@@ -193,22 +198,19 @@ def _noise_notes(rows: Sequence[MethodScores]) -> list[str]:
     return [note]
 
 
-def _mean_error(row: MethodScores) -> float:
-    figures = [row.tasks[task][0] for task in row.averaged]
+def estimate_row_error(row: MethodScores) -> float:
+    """Standard error of a mean over tasks from the number of test rows alone."""
+    primaries = [row.tasks[task][0] for task in row.averaged]
     errors = [
-        standard_error(figure.mean, figure.rows, is_correlation=figure.metric in CORRELATIONS)
-        for figure in figures
-        if figure.mean is not None
+        standard_error(average.mean, average.rows, is_correlation=average.metric in CORRELATIONS)
+        for average in primaries
+        if average.mean is not None
     ]
     return float(np.linalg.norm(errors)) / len(errors)
 
 
-def _score_notes(group: Group) -> list[str]:
+def _metric_notes(frame: pd.DataFrame) -> list[str]:
     """What the metrics had to say, once per method, with the tasks it was said of."""
-    tasks: dict[tuple[str, str], dict[str, None]] = {}
-    for row in group.rows:
-        for record in row.finished:
-            for task, score in record.scores.items():
-                if score.note:
-                    tasks.setdefault((row.label, score.note.rstrip(".")), {})[task] = None
-    return [f"{label}: {note} ({', '.join(found)})." for (label, note), found in tasks.items()]
+    scores = select_scores(select_finished(frame)).dropna(subset="note")
+    by_note = scores.assign(note=scores["note"].str.rstrip(".")).groupby(["label", "note"], sort=False)["task"]
+    return [f"{label}: {note} ({', '.join(tasks.unique())})." for (label, note), tasks in by_note]

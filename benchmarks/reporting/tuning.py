@@ -6,83 +6,76 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.records.schema import RunRecord, Tuning
-from benchmarks.records.store import Store
-from benchmarks.records.trials import Trials, belongs, read_trials, trial_store
-from benchmarks.reporting.comparable import Group
+from benchmarks.records.trials import Trials
 from benchmarks.reporting.render import Table
+from benchmarks.reporting.views import count_runs, name_protocol, select_scores
 
 
-def group_trials(group: Group, store: Store) -> list[Trials]:
-    """The trials behind the tuned rates of a group, by method in the order of its rows; none where nothing was tuned.
-
-    Args:
-        group: of reported runs.
-        store: of the reported runs; the trials are in a folder of it.
-    """
-    if group.tuned is None:
-        return []
-    found: dict[str, dict[float, RunRecord]] = {}
-    for record in trial_store(store.root).all():
-        if belongs(record.cell, group.rows[0].records[0].cell):
-            found.setdefault(_key(record), {})[record.cell.protocol.learning_rate] = record
-    rows = {_key(row.records[0]): row.label for row in group.rows}
-    return [
-        read_trials(label, {rate: found[key].get(rate) for rate in group.tuned.rates})
-        for key, label in rows.items()
-        if key in found
-    ]
+def find_trials(frame: pd.DataFrame) -> list[Trials]:
+    """The trials behind the tuned rates, by label in the order of the rows; none where nothing was tuned."""
+    trials = frame[frame["trial"]]
+    rates = sorted(float(rate) for rate in trials["learning_rate"].unique())
+    labels = [str(label) for label in count_runs(frame).index]
+    return [_read(label, trials[trials["label"] == label], rates) for label in labels if label in set(trials["label"])]
 
 
-def _key(record: RunRecord) -> str:
-    return f"{record.cell.method} {sorted(record.cell.config.items())}"
+def tuning_tables(frame: pd.DataFrame) -> list[Table]:
+    """Scores by rate, with the best rate; no table where nothing was tuned."""
+    trials = find_trials(frame)
+    return [_tabulate(frame, trials)] if trials else []
 
 
-# ---------------------------------------------------------------------- tables
+def _read(label: str, rows: pd.DataFrame, rates: Sequence[float]) -> Trials:
+    runs = rows.drop_duplicates("cell").set_index("learning_rate")["status"]
+    scores = select_scores(rows)
+    # An undefined metric counts as no skill: left out, it would make a rate look better than one that learnt a little.
+    primary = scores[scores["primary"] & (scores["status"] == "ok")].fillna({"value": 0.0})
+    means = primary.groupby("learning_rate")["value"].mean()
+    sizes = scores[scores["primary"]].groupby("cell")["rows"].sum()
+    return Trials(
+        label,
+        {rate: float(means[rate]) if rate in means.index else None for rate in rates},
+        {rate: str(runs[rate]) if rate in runs.index else "missing" for rate in rates},
+        int(sizes.max()) if len(sizes) else 0,
+    )
 
 
-def tuning_tables(group: Group, store: Store) -> list[Table]:
-    """The trials of a group: scores by rate, with the best rate; no table where nothing was tuned."""
-    trials = group_trials(group, store)
-    return [_scores(group, trials, group.tuned)] if trials and group.tuned is not None else []
-
-
-def _scores(group: Group, trials: Sequence[Trials], tuned: Tuning) -> Table:
+def _tabulate(frame: pd.DataFrame, trials: Sequence[Trials]) -> Table:
     lines = [
-        {"method": one.method}
-        | {f"{rate:g}": _cell(one, rate) for rate in one.scores}
-        | {"best rate": f"{one.best:g}" + (f" ({one.at_edge} tried)" if one.at_edge else "")}
-        for one in trials
+        {"method": method.method}
+        | {f"{rate:g}": _format(method, rate) for rate in method.scores}
+        | {"best rate": f"{method.best:g}" + (f" ({method.at_edge} tried)" if method.at_edge else "")}
+        for method in trials
     ]
     facts = [
         {
-            "method": one.method,
+            "method": method.method,
             "rate": rate,
             "score": score,
-            "status": one.statuses[rate],
-            "best": rate == one.best,
-            "edge": rate == one.best and one.at_edge is not None,
+            "status": method.statuses[rate],
+            "best": rate == method.best,
+            "edge": rate == method.best and method.at_edge is not None,
         }
-        for one in trials
-        for rate, score in one.scores.items()
+        for method in trials
+        for rate, score in method.scores.items()
     ]
-    rows = max(one.rows for one in trials)
+    first = frame[frame["trial"]].iloc[0]
+    rows = max(method.rows for method in trials)
     how = (
-        f"Trials at every learning rate, {tuned.steps} steps and seed {tuned.seed} each, scored on {rows:,} rows "
+        f"Trials at every learning rate, {first['steps']} steps and seed {first['seed']} each, scored on {rows:,} rows "
         "cut from the training rows of all tasks: mean over tasks of the first metric, times 100, an undefined one "
         "counted as 0."
     )
     notes = [how]
-    edges = [one.method for one in trials if one.at_edge]
+    edges = [method.method for method in trials if method.at_edge]
     if edges:
         notes.append(
             f"Best at the lowest or highest rate tried, so that a better one may lie beyond: {', '.join(edges)}."
         )
-    return Table(
-        "tuning", f"Tuning of the learning rate ({group.label})", pd.DataFrame(lines), pd.DataFrame(facts), tuple(notes)
-    )
+    title = f"Tuning of the learning rate ({name_protocol(frame)})"
+    return Table("tuning", title, pd.DataFrame(lines), pd.DataFrame(facts), tuple(notes))
 
 
-def _cell(trials: Trials, rate: float) -> str:
+def _format(trials: Trials, rate: float) -> str:
     score = trials.scores[rate]
     return trials.statuses[rate] if score is None else f"{100 * score:z.1f}"

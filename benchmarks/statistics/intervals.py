@@ -1,4 +1,4 @@
-"""Intervals, adjusted tests, verdicts, ranks. Small samples are the rule here: three to five runs."""
+"""Intervals, verdicts and power for few runs: three to five are the rule here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 CONFIDENCE = 0.95
+POWER = 0.8
+SMALLEST_P = 1e-12
+QUADRATURE = 4096
 EQUIVALENCE_BAND = 0.005
 """Differences of half a point either way count as none, unless a protocol declares another band."""
-
-MAX_SEEDS = 1000
-SMALLEST_P = 1e-12
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
@@ -24,10 +24,22 @@ Verdict = Literal["better", "worse", "equivalent", "undecided"]
 class Difference:
     """How much a method scores above a reference, and what is known of its error.
 
+    Runs and test examples are crossed: every run is tested on the same examples. So the variance of the estimate is
+    that of readers who judge the same cases (Obuchowski and Rockette 1995, Communications in Statistics - Simulation
+    and Computation 24, 285-308), with training runs in the place of readers:
+
+        seed_variance / seeds + example_variance.
+
+    The first term holds what differs from run to run, the predictions of single examples included. The second term is
+    what the choice of examples does to all runs alike. The first error is Student's with `seeds` - 1 degrees of
+    freedom, the second is normal. The interval of their sum is Howe's (1974, Journal of the American Statistical
+    Association 69, 789-794): the root of the sum of squares of the half widths of both.
+
     Attributes:
         estimate: difference of the means over tasks, as a share (0.01 is one point).
         seed_variance: variance of one run's difference; NaN when there is a single run.
-        example_variance: variance of `estimate` from the choice of test examples; more runs do not shrink it.
+        example_variance: covariance of the differences of two runs through the choice of test examples. Of a single
+            run the variance through that choice.
         seeds: number of runs of each.
     """
 
@@ -39,7 +51,7 @@ class Difference:
     @property
     def half_width(self) -> float:
         """Half of the 95 % interval. Of a single run it covers the choice of examples only."""
-        return self.half_width_at(1 - CONFIDENCE)
+        return float(self._half_width(1 - CONFIDENCE))
 
     @property
     def p_value(self) -> float:
@@ -47,30 +59,42 @@ class Difference:
         size = abs(self.estimate)
         if size == 0:
             return 1.0
-        if size >= self.half_width_at(SMALLEST_P):
+        if size >= self._half_width(SMALLEST_P):
             return SMALLEST_P
-        return float(optimize.brentq(lambda level: self.half_width_at(level) - size, SMALLEST_P, 1.0))
+        return float(optimize.brentq(lambda level: float(self._half_width(level)) - size, SMALLEST_P, 1.0))
 
-    def half_width_at(self, level: float) -> float:
-        """Half of the interval that misses with probability `level`."""
-        of_examples = _half_width_of_examples(self.example_variance, level)
-        of_seeds = 0.0 if self.seeds < 2 else _half_width_of_seeds(self.seed_variance, np.array(self.seeds), level)
-        return float(np.hypot(of_seeds, of_examples))
+    def find_detectable(self, comparisons: int = 1, power: float = POWER) -> float:
+        """The smallest true difference that as many runs of this spread would show with probability `power`.
 
+        Shown means a p-value below 5 % / `comparisons`, the level at which Holm's procedure begins. Without
+        `example_variance` it is the power of Student's t test (Cohen 1988, chapter 2). The spread counts as known: of
+        three runs the measured one may be half the true one, or six times as large. NaN of a single run.
+        """
+        if self.seeds < 2:
+            return float("nan")
+        degrees = self.seeds - 1
+        # What the runs' variance may be measured as, in shares of the true one, all equally likely.
+        measured = stats.chi2.ppf((np.arange(QUADRATURE) + 0.5) / QUADRATURE, degrees) / degrees
+        limits = self._half_width((1 - CONFIDENCE) / comparisons, measured)
+        error = np.sqrt(self.seed_variance / self.seeds + self.example_variance)
+        if error == 0:
+            return 0.0
 
-# Root of the sum of squares of two intervals. One t quantile for the sum of both variances, with Satterthwaite's
-# degrees of freedom, covers too rarely: where three runs agree by chance, it takes their part for small and the
-# degrees of freedom for many.
+        def miss(size: float) -> float:
+            return float(stats.norm.cdf((size - limits) / error).mean()) - power
 
+        return float(optimize.brentq(miss, 0.0, float(limits.max()) + 10 * error))
 
-def _half_width_of_examples(variance: float, level: float) -> float:
-    return float(stats.norm.isf(level / 2) * np.sqrt(variance))
-
-
-def _half_width_of_seeds(variance: float, seeds: NDArray[np.int64], level: float) -> NDArray[np.float64]:
-    """Student's, of the mean over so many runs."""
-    half: NDArray[np.float64] = stats.t.isf(level / 2, seeds - 1) * np.sqrt(variance / seeds)
-    return half
+    def _half_width(self, level: float, spread: ArrayLike = 1.0) -> NDArray[np.float64]:
+        """Half of the interval that misses with probability `level`, at a multiple of the runs' variance."""
+        of_examples = stats.norm.isf(level / 2) * np.sqrt(self.example_variance)
+        if self.seeds < 2:
+            return np.asarray(of_examples)
+        of_seeds = stats.t.isf(level / 2, self.seeds - 1) * np.sqrt(
+            self.seed_variance * np.asarray(spread) / self.seeds
+        )
+        half: NDArray[np.float64] = np.hypot(of_seeds, of_examples)
+        return half
 
 
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -80,16 +104,6 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[fl
         return float(sample[0]), float("nan")
     error = sample.std(ddof=1) / np.sqrt(len(sample))
     return float(sample.mean()), float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1) * error)
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Holm's step-down adjustment: compare with the level itself, whatever the number of comparisons."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted
 
 
 def verdict(difference: Difference, adjusted_p: float, band: float = EQUIVALENCE_BAND) -> Verdict:
@@ -108,73 +122,11 @@ def verdict(difference: Difference, adjusted_p: float, band: float = EQUIVALENCE
     return "undecided"
 
 
-def seeds_to_settle(difference: Difference, band: float = EQUIVALENCE_BAND, comparisons: int = 1) -> int | None:
-    """The number of runs at which an undecided difference would get another verdict, all else as measured.
-
-    Args:
-        difference: as measured.
-        band: of equivalence.
-        comparisons: in the table; the p-value must survive Holm's adjustment wherever it ranks among them.
-
-    Returns:
-        None when it is unknown (a single run), or when the test examples are too few for any number of runs.
-    """
-    if difference.seeds < 2:
-        return None
-    size, seeds = abs(difference.estimate), np.arange(2, MAX_SEEDS + 1)
-    needed, usual = (
-        np.hypot(
-            _half_width_of_seeds(difference.seed_variance, seeds, level),
-            _half_width_of_examples(difference.example_variance, level),
-        )
-        for level in ((1 - CONFIDENCE) / comparisons, 1 - CONFIDENCE)
-    )
-    settled = seeds[(needed < size) | (size + usual <= band)]
-    return int(settled[0]) if len(settled) else None
-
-
-def average_ranks(scores: ArrayLike) -> NDArray[np.float64]:
-    """Mean rank of every method, 1 is best, ties share; a missing score (NaN) ranks last.
-
-    Args:
-        scores: shape (tasks, methods), more is better.
-    """
-    table = _rank_table(scores)
-    mean: NDArray[np.float64] = table.mean(axis=0)
-    return mean
-
-
-def friedman(scores: ArrayLike) -> float:
-    """P-value of the hypothesis that all methods rank alike, from scores of shape (tasks, methods)."""
-    table = _rank_table(scores)
-    if table.shape[1] < 3:
-        raise ValueError(f"Friedman's test compares at least 3 methods, got {table.shape[1]}")
-    if (table == table[:, :1]).all():
-        return 1.0  # All tied everywhere: scipy would divide zero by zero.
-    return float(stats.friedmanchisquare(*table.T).pvalue)
-
-
-def nemenyi_distance(methods: int, tasks: int, alpha: float = 1 - CONFIDENCE) -> float:
-    """Critical difference of mean ranks (Demsar 2006, equation 2)."""
-    if methods < 2 or tasks < 2:
-        raise ValueError(f"ranks need at least 2 methods and 2 tasks, got {methods} and {tasks}")
-    q = stats.studentized_range.ppf(1 - alpha, methods, np.inf) / np.sqrt(2)
-    return float(q * np.sqrt(methods * (methods + 1) / (6 * tasks)))
-
-
 def standard_error(score: float, rows: int, *, is_correlation: bool = False) -> float:
     """Standard error of a score from the number of test rows alone: binomial, or that of a correlation."""
     if is_correlation:
         return float((1 - score**2) / np.sqrt(max(rows - 1, 1)))
     return float(np.sqrt(score * (1 - score) / rows))
-
-
-def _rank_table(scores: ArrayLike) -> NDArray[np.float64]:
-    table = np.nan_to_num(np.asarray(scores, dtype=float), nan=-np.inf, neginf=-np.inf)
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(f"expected scores of shape (tasks, methods), got {table.shape}")
-    ranks: NDArray[np.float64] = stats.rankdata(-table, axis=1)
-    return ranks
 
 
 def _finite(values: ArrayLike | Sequence[float]) -> NDArray[np.float64]:

@@ -3,10 +3,10 @@
 Runs of the same seed saw the same data in the same order, and all runs are tested on the same examples, so methods are
 compared pair by pair. Two sources of chance are kept apart:
 
-* the test examples: resampled within every task, the same draw for both methods and all runs (all runs are wrong
-  on the same hard examples: drawing anew per run would average away what does not average away);
 * the runs: a seed is one training run that yields all tasks, so its differences are averaged over tasks first and
-  their variance is taken over seeds, with n - 1. Resampling three seeds would understate it by a third.
+  their variance is taken over seeds, with n - 1. That variance holds what examples do to one run alone.
+* the test examples: resampled within every task, the same draw for both methods and all runs. The covariance of two
+  runs over these draws is what the choice of examples does to all runs alike; more runs do not average it away.
 """
 
 from __future__ import annotations
@@ -73,13 +73,24 @@ def paired_difference(tasks: Sequence[PairedTask], *, replicates: int = REPLICAT
     observed = np.array([_differences(task, np.ones((1, len(task.labels))))[0] for task in tasks])
     per_seed = observed.mean(axis=0)
     streams = np.random.default_rng(seed).spawn(len(tasks))
-    variances = [_example_variance(task, replicates, stream) for task, stream in zip(tasks, streams, strict=True)]
+    # Tasks have examples of their own, so that the variances of a mean over tasks add up.
+    covariances = sum(
+        _example_covariances(task, replicates, stream) for task, stream in zip(tasks, streams, strict=True)
+    )
     return Difference(
         estimate=float(per_seed.mean()),
         seed_variance=float(per_seed.var(ddof=1)) if len(per_seed) > 1 else float("nan"),
-        example_variance=float(np.sum(variances)) / len(tasks) ** 2,
+        example_variance=_find_common(np.asarray(covariances)) / len(tasks) ** 2,
         seeds=len(per_seed),
     )
+
+
+def _find_common(covariances: Floats) -> float:
+    """Mean covariance of two runs, never negative; of a single run its variance."""
+    seeds = len(covariances)
+    if seeds == 1:
+        return float(covariances[0, 0])
+    return max(0.0, float(covariances.sum() - np.trace(covariances)) / (seeds * (seeds - 1)))
 
 
 def metric_value(metric: str, labels: Floats, predictions: Floats) -> float:
@@ -88,16 +99,18 @@ def metric_value(metric: str, labels: Floats, predictions: Floats) -> float:
     return float(statistic.value(statistic.terms(labels, predictions[None]).sum(axis=1))[0])
 
 
-def _example_variance(task: PairedTask, replicates: int, stream: np.random.Generator) -> float:
+def _example_covariances(task: PairedTask, replicates: int, stream: np.random.Generator) -> Floats:
+    """Covariances (seeds, seeds) of the runs' differences when the examples are drawn again."""
     examples = len(task.labels)
     chunk = max(1, min(replicates, _CHUNK_NUMBERS // examples))
-    found = []
+    resampled = []
     for start in range(0, replicates, chunk):
         rows = min(chunk, replicates - start)
         drawn = stream.integers(examples, size=(rows, examples)) + examples * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * examples).reshape(rows, examples)
-        found.append(_differences(task, weights.astype(float)).mean(axis=1))
-    return float(np.concatenate(found).var(ddof=1))
+        resampled.append(_differences(task, weights.astype(float)))
+    covariances: Floats = np.atleast_2d(np.cov(np.concatenate(resampled), rowvar=False))
+    return covariances
 
 
 def _differences(task: PairedTask, weights: Floats) -> Floats:

@@ -49,6 +49,7 @@ def with_language(language: str) -> list[str]:
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page by page in one scope, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "results")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     scope: dict[str, Any] = {"__name__": "document"}
     for number, block in enumerate(blocks(document, "python")):

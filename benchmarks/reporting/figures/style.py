@@ -1,19 +1,15 @@
-"""What all figures share: colours, style, and SVG whose bytes depend on what is drawn and on matplotlib alone."""
+"""What all figures share: colours, style, SVG without a date."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import matplotlib as mpl
-import numpy as np
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path as Outline
-
-from benchmarks.reporting.comparable import BASELINES, Group
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,57 +34,52 @@ STYLE = {
 }
 
 
+class Style(NamedTuple):
+    """How one method is drawn."""
+
+    colour: str
+    marker: str
+    line: str
+
+
 @contextmanager
-def drawing() -> Iterator[None]:
-    """Inside, figures look as they should: bytes must not depend on a matplotlibrc in the user's home."""
+def use_style() -> Iterator[None]:
+    """Inside, figures look as they should, whatever matplotlibrc the user has."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(cast(Any, STYLE))
         yield
 
 
-def new_canvas() -> Canvas:
-    """An empty figure of the usual size."""
-    return Canvas(figsize=(7.2, 4.2), layout="constrained")
+def new_figure(width: float = 7.2, height: float = 4.2) -> Figure:
+    """An empty figure, in inches. Its canvas can measure text, which placing labels needs."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def svg_bytes(canvas: Canvas, description: str) -> bytes:
-    """The drawing, without date and without the name of what drew it: equal drawings give equal bytes."""
+def write_svg(figure: Figure, description: str) -> bytes:
+    """The figure without date and name of the program: one matplotlib draws equal figures as equal bytes."""
     buffer = io.BytesIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": description})
+    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None, "Creator": None, "Description": description})
     return buffer.getvalue()
 
 
-def cells(corners: Sequence[tuple[float, float]], colour: str, height: float) -> PathPatch:
-    """Cells of width and height 1 in the plot's units with these upper left corners, as strokes of one path.
-
-    Args:
-        corners: (x, y), y pointing down.
-        colour: of all of them.
-        height: of a cell on paper, in points. A stroke is half as long to write as a rectangle.
-    """
-    vertices = [end for x, y in corners for end in ((x, y + 0.5), (x + 1, y + 0.5))]
-    codes = [Outline.MOVETO, Outline.LINETO] * len(corners)
-    outline = Outline(np.array(vertices), codes)
-    return PathPatch(outline, facecolor="none", edgecolor=colour, linewidth=height, capstyle="butt")
-
-
-def method_styles(group: Group) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of every method: the same in all figures of a group."""
-    methods = [runs.label for runs in group.rows if runs.method not in BASELINES]
+def choose_styles(methods: Sequence[str], baselines: Sequence[str]) -> dict[str, Style]:
+    """Colour, marker and line by label: the same in all figures of one comparison."""
     styles = {
-        label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i // len(COLOURS) % len(LINES)])
+        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[i // len(COLOURS) % len(LINES)])
         for i, label in enumerate(methods)
     }
-    baselines = [runs.label for runs in group.rows if runs.method in BASELINES]
-    return styles | {label: (BASELINE_COLOUR, ".", LINES[1 + i % 3]) for i, label in enumerate(baselines)}
+    grey = {label: Style(BASELINE_COLOUR, ".", LINES[1 + i % 3]) for i, label in enumerate(baselines)}
+    return styles | grey
 
 
-def figure_title(group: Group) -> str:
-    """The group's label, cut where it would not fit."""
-    return group.label if len(group.label) <= 60 else f"{group.label[:57]}..."
+def shorten(title: str) -> str:
+    """A title cut where it would not fit."""
+    return title if len(title) <= 60 else f"{title[:57]}..."
 
 
-def legend_beside(axes: Axes) -> None:
+def put_legend_beside(axes: Axes) -> None:
     """The legend to the right of the axes."""
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -14,7 +14,7 @@ from benchmarks.methods.matching import TOLERANCE, backbone_sites, count, matche
 from benchmarks.plan.cells import expand, parse_methods
 from benchmarks.plan.options import Options, resolve_suite
 from benchmarks.protocols.protocol import Suite
-from benchmarks.reporting.comparable import group_records
+from benchmarks.records.comparable import group_records
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.sites import find_sites, select_sites
 from tests.support.record_factory import make_record

@@ -12,12 +12,12 @@ from benchmarks.plan.options import Options, parse_shard, resolve_suite
 from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite
+from benchmarks.records.comparable import group_records
 from benchmarks.records.identity import budget_differences
 from benchmarks.records.schema import RunRecord, Score, Tuning
 from benchmarks.records.store import Store
 from benchmarks.records.trials import Trials, mean_primary, read_trials, trial_store
 from benchmarks.reporting.build import build_report
-from benchmarks.reporting.comparable import group_records
 from benchmarks.tasks.base import TaskData, TaskSpec
 from tests.support.record_factory import PROTOCOL, make_record
 

@@ -85,17 +85,6 @@ class Group:
         """All records of the group."""
         return tuple(record for row in self.rows for record in row.records)
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Task names in the protocol's order."""
-        return self.protocol.tasks
-
-    def row(self, method: str) -> MethodRuns | None:
-        """The row with this label or, where that is unambiguous, of this method."""
-        exact = [row for row in self.rows if row.label == method]
-        named = exact or [row for row in self.rows if row.method == method]
-        return named[0] if len(named) == 1 else None
-
 
 def group_records(records: Iterable[RunRecord]) -> list[Group]:
     """Split records into groups that may be compared, sorted by label."""
@@ -124,6 +113,12 @@ def _method_rows(records: Sequence[RunRecord]) -> tuple[MethodRuns, ...]:
 def _settings(cell: Cell) -> dict[str, Any]:
     """What one method's runs share: its configuration, and its rates where they are its own."""
     return cell.config | own_rates(cell)
+
+
+def find_row(group: Group, cell: Cell) -> MethodRuns | None:
+    """The row of a group whose method and configuration are those of `cell`, at whatever rate."""
+    same = (row for row in group.rows if (row.method, row.records[0].cell.config) == (cell.method, cell.config))
+    return next(same, None)
 
 
 def baseline_rank(method: str) -> int:
