@@ -118,6 +118,7 @@ class _Run:
 def _resolve(options: Options, suite: Suite, console: Console, command: str) -> _Run:
     from benchmarks.backbones.load import find_backbone
     from benchmarks.families import family_of
+    from benchmarks.instruments.processor import prepare_device
     from benchmarks.plan.cells import parse_methods
     from benchmarks.records.store import Store
     from benchmarks.tasks import load_task
@@ -126,6 +127,7 @@ def _resolve(options: Options, suite: Suite, console: Console, command: str) -> 
     methods = parse_methods(options.methods, num_tasks=len(suite.tasks), has_heads=family_of(suite).has_heads)
     refusals: dict[str, str] = {}
     device = resolve_device(options.device)
+    prepare_device(device)
     suite = suite.with_overrides(backbone=source.identity, precision=resolve_precision(suite.precision, device))
     if suite.track == "matched":
         from benchmarks.methods.matching import matched_methods

@@ -18,6 +18,7 @@ from .hooks import checked_ids, remove
 from .protocols import AdapterFactory
 from .sites import LinearSite
 from .state import ENTRY, Entry, State
+from .stepping import after_step
 
 
 class Attachment:
@@ -124,6 +125,15 @@ class Attachment:
         if losses:
             return torch.stack(list(losses.values())).sum()
         return torch.zeros((), device=self.state.device)
+
+    def after_step(self) -> None:
+        """Tell the adapters that the optimiser has stepped; call it after every ``optimiser.step()``.
+
+        Methods that balance their experts without a loss (SMoRA, FlyLoRA) need it, and refuse to train on without.
+        Others ignore it. With several processes all must call it. Accumulated batches, of which only the last is
+        followed by a step, count together.
+        """
+        after_step(self.state)
 
     @contextmanager
     def route(self, *, task_ids: Tensor | list[int] | int) -> Iterator[None]:

@@ -27,6 +27,7 @@ def reset(state: State) -> None:
     home = next(state.layer(state.sites[0]).parameters()).device
     if home.type == "meta":
         raise Unsupported("the model is on the meta device: give it memory first, by model.to_empty(device=...)")
+    state.runtime.take_tallies()
     shared, built = build(state.factory, state.sites)
     for (_, module), drawn in zip(state.modules(), [*([] if shared is None else [shared]), *built], strict=True):
         if on_meta(module):  # memory was given to the base alone

@@ -42,6 +42,8 @@ class Runtime:
         stats: site name -> routing statistics, filled only while `recording`.
         recording: statistics are wanted.
         synchronised: what methods compute across rows they compute across all processes' rows (`joint_sum`).
+        counted: site name -> what the site counted in the current training forward.
+        tallies: site name -> the sum of what it counted in the forwards before, since the last optimiser step.
     """
 
     enabled: bool = True
@@ -57,6 +59,8 @@ class Runtime:
     stats: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     recording: bool = False
     synchronised: bool = False
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
     def begin(
         self, task_ids: Tensor | None, masks: dict[Stream, Tensor | None], *, continues: bool, training: bool
@@ -69,6 +73,19 @@ class Runtime:
         self.losses = {}
         if not continues:
             self.values = {}
+            self._settle()
+
+    def take_tallies(self) -> dict[str, Tensor]:
+        """The tallies since they were last taken, by site."""
+        self._settle()
+        taken, self.tallies = self.tallies, {}
+        return taken
+
+    def _settle(self) -> None:
+        """Add what the last forward counted to the tallies. Until then a recomputation may overwrite the counts."""
+        for site, counts in self.counted.items():
+            self.tallies[site] = self.tallies[site] + counts if site in self.tallies else counts
+        self.counted = {}
 
     def end(self) -> None:
         """The forward is over, however it ended: no layer receives an input of it again.
@@ -175,6 +192,15 @@ class SiteContext:
             term: what the method's `aux_loss` combines: a tensor, or what it needs to compute all sites' at once.
         """
         self.runtime.losses.setdefault(name, {})[self.site.name] = term
+
+    def tally(self, counts: Tensor) -> None:
+        """Count for `moepeft.protocols.Stepping.after_step`; nothing unless a training forward is under way.
+
+        Keyed by site, so a recomputation (gradient checkpointing) overwrites the counts instead of doubling them. The
+        forwards of an accumulated batch add up.
+        """
+        if self.runtime.grad_expected:
+            self.runtime.counted[self.site.name] = counts.detach()
 
     @property
     def synchronised(self) -> bool:

@@ -42,6 +42,10 @@ class AuxLossDetached(MoepeftError, RuntimeError):
     """An auxiliary loss has no gradient although the model is training."""
 
 
+class MissingStep(MoepeftError, RuntimeError):
+    """An optimiser stepped, but `after_step` was not called for a method that needs it."""
+
+
 class NotMergeable(MoepeftError):
     """The update depends on the input, or the base weights cannot take it."""
 

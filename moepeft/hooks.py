@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from .config import task_number
 from .context import SiteContext
 from .errors import MissingRouting, Unsupported
-from .protocols import Base
+from .protocols import Base, Stepping
 from .sites import LinearSite, Stream
 from .state import ENTRY, SLOT, Entry, Slot, State
+from .stepping import check_stepped
 
 
 def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> None:
@@ -34,6 +35,7 @@ def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> No
         slot = Slot(adapter, SiteContext(state.runtime, site), module.__dict__.get("forward"), shared)
         setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
         bind(module)
+    state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
     if state.factory.capabilities.routing in ("task", "batch"):
         for attention in position_readers(model, state.sites):
             attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
@@ -122,6 +124,8 @@ def _before_forward(
         "encoder": call.get("attention_mask"),
         "decoder": _decoder_mask(call),
     }
+    if state.steps and model.training and torch.is_grad_enabled():
+        check_stepped(state)
     state.runtime.begun_by = model
     state.runtime.begin(task_ids, masks, continues=_continues(call), training=model.training)
     return args, kwargs

@@ -81,6 +81,22 @@ class LoRAShaped(Protocol):
         ...
 
 
+@runtime_checkable
+class Stepping(Protocol):
+    """An adapter that changes itself after every optimiser step, as one that balances its experts without a loss.
+
+    Optional. Its training forwards count with `SiteContext.tally`; `Attachment.after_step` hands it the sum.
+    """
+
+    def after_step(self, counts: Tensor) -> None:
+        """Change the adapter's buffers.
+
+        Args:
+            counts: the tallies of all training forwards since the last optimiser step, summed, over all processes.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a configured method promises; the contract tests assert each field, both ways.

@@ -26,6 +26,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "lora-per-task": "moepeft.methods.lora_per_task:LoRAPerTask",
     "mola": "moepeft.methods.mola:MoLA",
     "loramoe": "moepeft.methods.loramoe:LoRAMoE",
+    "adamole": "moepeft.methods.adamole:AdaMoLE",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

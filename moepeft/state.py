@@ -49,6 +49,8 @@ class State:
         trained_before: name of a parameter of the bare model -> whether it trained.
         kept: site name -> the weight before `merge`; None unless merged.
         merged_task: the task whose update is merged.
+        steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
+        stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
         without_values: an adapter that was attached on the meta device, until all of them are given values.
     """
 
@@ -63,6 +65,8 @@ class State:
         self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.kept: dict[str, Tensor] | None = None
         self.merged_task: int | None = None
+        self.steps = False
+        self.stepping_version = 0
         self.without_values: nn.Module | None = None
 
     @property
@@ -108,7 +112,8 @@ class State:
         return {f"{name}.{key}": value for name, module in self.modules() for key, value in module.state_dict().items()}
 
     def load_values(self, values: Mapping[str, Tensor]) -> None:
-        """Load what `values` gave. Names and shapes must agree exactly."""
+        """Load what `values` gave. Names and shapes must agree exactly. Tallies of the values before are forgotten."""
+        self.runtime.take_tallies()
         for name, module in self.modules():
             prefix = f"{name}."
             load_module(module, {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)})

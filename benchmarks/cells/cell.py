@@ -149,7 +149,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
     if trainer is not None:
         seed = planned.cell.seed
         found.ledger = Ledger([task.spec.name for task in bench.tasks])
-        batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger)
+        batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger, bench.device)
         train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
         found.optimiser = trainer.account()
 

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks.cells import cell as cells
 from benchmarks.cells.cell import Bench
+from benchmarks.instruments.processor import prepare_device
 from benchmarks.plan.cells import PlannedCell
 from benchmarks.records.provenance import code_state, gather
 from benchmarks.records.schema import RunRecord
@@ -166,6 +167,7 @@ def _enter(bench: Bench, root: Path, threads: int) -> None:
     global _worker  # noqa: PLW0603 - a process of its own
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that half-written files are removed
     torch.set_num_threads(threads)
+    prepare_device(bench.device)
     transformers.utils.logging.disable_progress_bar()
     code_state()
     _worker = _Worker(bench, Store(root))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cells.curve import CurveReader
 from benchmarks.cells.order import sorted_within_windows, training_order
 from benchmarks.families import AnyAttachment, Model, family_of
-from benchmarks.families.batch import Batch, Ledger, TokenisedTask
+from benchmarks.families.batch import Batch, Ledger, Row, TokenisedTask
 from benchmarks.instruments.processor import synchronise
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream
 from benchmarks.records.schema import Budget, CurvePoint
 
-
-class Diverged(RuntimeError):
-    """A loss or a gradient is no longer finite."""
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -65,6 +66,8 @@ class Trainer:
         total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimiser.step()
+        if self.attachment is not None:
+            self.attachment.after_step()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {name: loss.detach() for name, loss in losses.items()}, norm
@@ -93,7 +96,9 @@ def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Proto
             protocol.weight_decay,
         ),
     ]
-    optimiser = torch.optim.AdamW(groups)
+    # Fused: one kernel for all parameters, where a step of small tensors is a matter of launches.
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    optimiser = torch.optim.AdamW(groups, fused=True if on_cuda else None)
     schedule = get_scheduler(
         "linear",
         optimiser,
@@ -112,9 +117,18 @@ def _decay_groups(parameters: list[nn.Parameter], rate: float, decay: float) -> 
 
 
 def training_batches(
-    tasks: Sequence[TokenisedTask], protocol: Protocol, seed: int, pad_token_id: int, ledger: Ledger
+    tasks: Sequence[TokenisedTask],
+    protocol: Protocol,
+    seed: int,
+    pad_token_id: int,
+    ledger: Ledger,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """The batches of a run, in an order that the protocol and the seed alone decide; entered in `ledger`."""
+    """The batches of a run on `device`, in an order that the protocol and the seed alone decide.
+
+    Each is prepared, and on its way to the device, before the one before it is handed out. It is entered in `ledger`
+    when it is handed out.
+    """
     family = family_of(protocol)
     specs = [task.spec for task in tasks]
     names = (protocol.name, seed, "order")
@@ -128,11 +142,24 @@ def training_batches(
     def length(slot: tuple[int, int]) -> int:
         return tasks[slot[0]].train[slot[1]].length
 
-    for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
-        rows = [(task, tasks[task].train[index]) for task, index in slots]
-        batch = family.training_batch(rows, specs, pad_token_id)
+    def prepared() -> Iterator[tuple[list[tuple[int, Row]], Batch]]:
+        for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
+            rows = [(task, tasks[task].train[index]) for task, index in slots]
+            yield rows, family.training_batch(rows, specs, pad_token_id).to(device)
+
+    for rows, batch in one_ahead(prepared()):
         ledger.add(rows, batch)
         yield batch
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each made before the one before it is handed out."""
+    source = iter(items)
+    ahead = deque(islice(source, 1))
+    for following in source:
+        ahead.append(following)
+        yield ahead.popleft()
+    yield from ahead
 
 
 def train(
@@ -151,7 +178,7 @@ def train(
     """
     trainer.model.train()
     device = next(trainer.model.parameters()).device
-    first_bad_step = torch.zeros((), dtype=torch.long, device=device)
+    reader = CurveReader(log.curve, device)
     synchronise(device)
     start = time.perf_counter()
     try:
@@ -159,29 +186,12 @@ def train(
             # Anew for each step: whatever a method draws in one step shifts no dropout mask of the next.
             torch.manual_seed(stream(protocol.name, seed, "noise", step))
             rate = float(trainer.optimiser.param_groups[0]["lr"])
-            losses, norm = trainer.step(batch.to(device))
-            finite = torch.isfinite(torch.stack([*(loss.float() for loss in losses.values()), norm.float()])).all()
-            first_bad_step = torch.where(finite | (first_bad_step > 0), first_bad_step, step)
-            # Only here does the host wait for the device.
+            losses, norm = trainer.step(batch)
+            values = reader.watch(step, losses, norm)
             if step == 1 or step % protocol.log_every == 0 or step == protocol.steps:
-                _raise_if_diverged(first_bad_step)
-                log.curve.append(_curve_point(step, losses, rate, norm))
+                reader.note(step, rate, tuple(losses), values)
             on_step(step)
+        reader.finish()
     finally:
         synchronise(device)
         log.seconds = time.perf_counter() - start
-
-
-def _curve_point(step: int, losses: dict[str, Tensor], rate: float, norm: Tensor) -> CurvePoint:
-    return CurvePoint(
-        step=step,
-        losses={name: float(loss) for name, loss in losses.items()},
-        learning_rate=rate,
-        gradient_norm=float(norm),
-    )
-
-
-def _raise_if_diverged(first_bad_step: Tensor) -> None:
-    step = int(first_bad_step)
-    if step:
-        raise Diverged(f"a loss or the gradient norm is not finite since step {step}; try a lower --learning-rate")

@@ -78,8 +78,8 @@ class TaskGroup:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        valid = None if self.valid is None else self.valid.to(device)
-        return replace(self, sequences=self.sequences.to(device), labels=self.labels.to(device), valid=valid)
+        valid = None if self.valid is None else move(self.valid, device)
+        return replace(self, sequences=move(self.sequences, device), labels=move(self.labels, device), valid=valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Answers:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return replace(self, labels=self.labels.to(device), valid=self.valid.to(device))
+        return replace(self, labels=move(self.labels, device), valid=move(self.valid, device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +127,18 @@ class Batch:
         """The same on another device."""
         return replace(
             self,
-            inputs={name: value.to(device) for name, value in self.inputs.items()},
-            task_ids=self.task_ids.to(device),
+            inputs={name: move(value, device) for name, value in self.inputs.items()},
+            task_ids=move(self.task_ids, device),
             groups=tuple(group.to(device) for group in self.groups),
             answers=None if self.answers is None else self.answers.to(device),
         )
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; on its way to a GPU from pinned memory, so that the host goes on meanwhile."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ---------------------------------------------------------------------- from examples to rows

@@ -20,6 +20,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def prepare_device(device: torch.device) -> None:
+    """Make a GPU this process's own, and let it multiply fp32 matrices in TF32."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of several, a launched process would allocate on the first one otherwise
+        torch.set_float32_matmul_precision("high")
+
+
 def keep_free_memory(device: torch.device) -> None:
     """From now on this process keeps the processor's memory that it frees, as torch does with a GPU's.
 

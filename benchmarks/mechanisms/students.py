@@ -139,6 +139,7 @@ def _steps(
         if not (torch.isfinite(error) and torch.isfinite(norm)):
             raise Divergence
         optimiser.step()
+        adapters.after_step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
         yield step

@@ -100,6 +100,9 @@ class PeftAttachment:
         """A zero without graph."""
         return torch.zeros((), device=next(self.parameters()).device)
 
+    def after_step(self) -> None:
+        """Nothing: the optimiser is all that changes these methods."""
+
     @contextmanager
     def route(self, *, task_ids: Tensor | list[int] | int) -> Iterator[None]:
         """Nothing routes here: the ids are ignored."""

@@ -7,13 +7,16 @@ import traceback
 
 import torch
 
-from benchmarks.cells.train import Diverged
 from benchmarks.records.provenance import ROOT
 from benchmarks.records.schema import Status
 from moepeft.errors import NoMatchingSite, Unsupported
 
 _TRACEBACK_LINES = 20
 _REASON_LENGTH = 500
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is no longer finite."""
 
 
 def status_of(error: Exception) -> Status:

@@ -36,6 +36,8 @@ _PACKAGES = (
 def gather(device: torch.device, precision: str, command: str) -> Provenance:
     """Describe code, packages and machine at the start of a cell."""
     commit, dirty = code_state()
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        precision = f"{precision}, fp32 products in TF32"
     return Provenance(
         commit=commit,
         dirty=dirty,

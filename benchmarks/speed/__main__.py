@@ -49,6 +49,7 @@ def _main(options: Options, command: str) -> int:
     import torch
     import transformers
 
+    from benchmarks.instruments.processor import prepare_device
     from benchmarks.plan.options import resolve_device
     from benchmarks.records.provenance import gather
     from benchmarks.speed.contestants import enter
@@ -57,6 +58,7 @@ def _main(options: Options, command: str) -> int:
     check(options)
     entries = enter(configure_methods(options), definitions=options.definitions)
     device = resolve_device(options.device)
+    prepare_device(device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()

@@ -157,6 +157,8 @@ def _training(
             loss.backward()  # type: ignore[no-untyped-call]
         if optimiser is not None:
             optimiser.step()
+            if contestant.attachment is not None:
+                contestant.attachment.after_step()
 
     return step
 

@@ -25,7 +25,7 @@ from moepeft.files import check_values, read_tensors, replacing, write_tensors
 from moepeft.state import SLOT
 
 try:
-    from transformers import Seq2SeqTrainer, Trainer
+    from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer import TRAINING_ARGS_NAME
 except ImportError as error:
@@ -37,6 +37,16 @@ else:
     _Base = object
 
 TRAINED = "trained.safetensors"
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Tells the adapters of every optimiser step."""
+
+    def __init__(self, adapters: Attachment) -> None:
+        self.adapters = adapters
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.adapters.after_step()
 
 
 class AdapterTrainerMixin(_Base):  # type: ignore[misc]
@@ -57,7 +67,8 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             super().__init__(model, *args, **kwargs)
         self._aux_sums: dict[str, Tensor] = {}
         self._aux_calls = 0
-        attachment(self.model)  # refuses a bare model now rather than after the first checkpoint
+        adapters = attachment(self.model)  # refuses a bare model now rather than after the first checkpoint
+        self.add_callback(_AfterStep(adapters))
         if not _normalises(self.model):
             self.model_accepts_loss_kwargs = False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -76,7 +87,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             self._signature_columns.append("task_ids")
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The Trainer's loss plus the auxiliary losses that the forward recorded; it records none in evaluation."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -112,7 +123,7 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
             self._aux_sums, self._aux_calls = {}, 0
         super().log(logs, *args, **kwargs)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, routed by the batch's task ids: `generate` would not take them as a keyword."""
         task_ids = inputs.get("task_ids")
         rest = {name: value for name, value in inputs.items() if name != "task_ids"}

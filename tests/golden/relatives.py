@@ -157,10 +157,20 @@ class PartOfFFN(nn.Module):
         return output
 
 
+def replay_adamole(case: Case) -> Replay:
+    """`adamole__*`: the layer and its balance loss."""
+    c = case.config
+    fields = {name: c[name] for name in ("alpha", "num_experts", "max_threshold")}
+    factory = moepeft.method("adamole@released", rank=c["r"], **fields)
+    names = {**pairs_of(case), "threshold.weight": "slope", "threshold.bias": "offset"}
+    return replay_layer(case, factory, names, aux_unit=factory.balance_coefficient)
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
     "mtl-lora": replay_mtl_lora,
     "mola": replay_mola,
     "loramoe": replay_loramoe,
+    "adamole": replay_adamole,
 }

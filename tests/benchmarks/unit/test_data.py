@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from scipy import stats
 
 from benchmarks.backbones.load import find_backbone, hidden_size, load_encoder, load_tokenizer
 from benchmarks.cells.order import sorted_within_windows, training_order
-from benchmarks.cells.train import training_batches
+from benchmarks.cells.train import one_ahead, training_batches
 from benchmarks.families.batch import Ledger, Row, TokenisedTask, chosen_rows, tokenise_task
 from benchmarks.families.encoder import MultiTaskModel, collate, mean_pool, texts_of
 from benchmarks.protocols.protocol import Protocol
@@ -26,6 +27,9 @@ SCORES = TaskSpec("scores", "regression", (), "pearson_spearman", label_range=(1
 CHOICES = TaskSpec("choices", "multiple_choice", (), "accuracy")
 PASSAGE = TaskSpec("passage", "classification", ("no", "yes"), "accuracy", truncate="only_second")
 SPECS = (CLASSES, SCORES, CHOICES)
+
+
+CPU = torch.device("cpu")
 
 
 def protocol(**fields: object) -> Protocol:
@@ -314,7 +318,7 @@ def test_rows_of_every_kind_make_the_same_batches_twice(prefix, tokenizer):
 
     def consume(tasks: list[TokenisedTask], seed: int) -> str:
         ledger = Ledger(used.tasks)
-        batches = list(training_batches(tasks, used, seed, tokenizer.pad_token_id, ledger))
+        batches = list(training_batches(tasks, used, seed, tokenizer.pad_token_id, ledger, CPU))
         assert sum(batch.rows for batch in batches) == ledger.budget().rows == 5 * 16
         return ledger.budget().order_hash
 
@@ -324,5 +328,20 @@ def test_rows_of_every_kind_make_the_same_batches_twice(prefix, tokenizer):
 def test_batches_are_made_as_they_are_asked_for(tokenizer):
     task = tokenise_task(task_data(CLASSES, [Example("a"), Example("b", label=1)]), tokenizer, protocol())
     ledger = Ledger(["classes"])
-    list(islice(training_batches([task], protocol(), 0, 0, ledger), 2))
+    list(islice(training_batches([task], protocol(), 0, 0, ledger, CPU), 2))
     assert ledger.budget().steps == 2
+
+
+def test_batches_are_prepared_one_ahead() -> None:
+    log: list[str] = []
+
+    def make() -> Iterator[int]:
+        for number in range(3):
+            log.append(f"make {number}")
+            yield number
+
+    for number in one_ahead(make()):
+        log.append(f"use {number}")  # noqa: PERF401 - the order of the two is what is looked at
+    assert log == ["make 0", "make 1", "use 0", "make 2", "use 1", "use 2"]
+    assert list(one_ahead([])) == []
+    assert list(one_ahead([7])) == [7]

@@ -11,12 +11,11 @@ import torch
 
 import moepeft
 from benchmarks.backbones.load import find_backbone, load_encoder, load_tokenizer, set_dropout
-from benchmarks.cells.train import Diverged
 from benchmarks.plan.cells import expand, parse_methods
 from benchmarks.plan.options import Options, resolve_device, resolve_precision, resolve_suite
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite, available_suites, load_suite
-from benchmarks.records.failures import one_line, status_of, without_paths
+from benchmarks.records.failures import Diverged, one_line, status_of, without_paths
 from benchmarks.records.identity import budget_differences
 from benchmarks.records.provenance import ROOT, gather
 from benchmarks.records.schema import Budget, RunRecord

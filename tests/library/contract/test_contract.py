@@ -249,6 +249,7 @@ def test_same_seed_same_bits(spec: str) -> None:
             optimiser.zero_grad()
             train_step(model, adapters, batch(model, seed=seed))
             optimiser.step()
+            adapters.after_step()
         results.append(run(model, batch(model), IDS))
     assert torch.equal(*results)
 

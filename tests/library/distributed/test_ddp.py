@@ -92,6 +92,7 @@ def train(call: nn.Module, adapters: moepeft.Attachment, parts: list[list[int]])
             (loss / len(parts)).backward()
         seen.append({name: p.grad.clone() for name, p in adapters.named_parameters() if p.grad is not None})
         optimiser.step()
+        adapters.after_step()
     return seen
 
 

@@ -85,6 +85,7 @@ def step(model: nn.Module, adapters: moepeft.Attachment, rows: list[int], seed: 
     (result[..., ::2].square().mean() + adapters.aux_loss()).backward()
     seen = {name: whole(p.grad) for name, p in adapters.named_parameters() if p.grad is not None}
     optimiser.step()
+    adapters.after_step()
     optimiser.zero_grad()
     return seen
 

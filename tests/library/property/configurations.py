@@ -86,9 +86,11 @@ def _values_of(hint: Any, default: Any) -> st.SearchStrategy[Any] | None:
         return st.booleans()
     if hint is int:
         return counts
+    if hint is float and default is None:
+        return st.sampled_from([0.1, 0.9])
     if hint is float and default > 0:  # a coefficient may be zero; what may not is refused, and another drawn
         return st.sampled_from([default, default / 2, 0.0]) if default < 1 else st.just(default)
-    if hint == tuple[int, ...]:
+    if hint == tuple[int, ...] and default:  # one that is empty names tasks or layers, which a draw does not know
         return st.lists(counts, min_size=1, max_size=6).map(tuple)
     if origin is tuple and isinstance(default, tuple) and default:
         return st.sets(st.sampled_from(default), min_size=1).map(lambda chosen: tuple(sorted(chosen)))

@@ -51,6 +51,7 @@ class Trained:
             (output.square().mean() + self.adapters.aux_loss()).backward()
             nn.utils.clip_grad_norm_(self.adapters.parameters(), 10.0)
             optimiser.step()
+            self.adapters.after_step()
             optimiser.zero_grad()
         self.output = run(self.model, self.x, self.mask, self.tasks)
 

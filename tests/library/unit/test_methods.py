@@ -463,6 +463,7 @@ def test_ablations_train_as_they_declare_and_differ_from_the_method(spec: str) -
         output = model(torch.randn(16, 5, 32), task_ids=torch.arange(16))
         (output.square().mean() + handle.aux_loss()).backward()
         optimiser.step()
+        handle.after_step()
     still = {name for name, value in handle.named_parameters() if torch.equal(value, before[name])}
     assert all(name.endswith(factory.capabilities.never_trained) for name in still), still
 

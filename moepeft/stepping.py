@@ -1,0 +1,43 @@
+"""What happens beside the optimiser's step: adapters that balance without a loss are handed what they counted."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import MissingStep
+from .ops.processes import sum_over_processes
+from .protocols import Stepping
+from .state import State
+
+
+@torch.no_grad()
+def after_step(state: State) -> None:
+    """Hand every `Stepping` adapter its tallies since the last optimiser step.
+
+    With several processes the tallies are summed over all of them in one exchange, so that the adapters stay equal.
+    """
+    tallies = state.runtime.take_tallies()
+    adapters = [(name, adapter) for name, adapter in state.adapters.items() if isinstance(adapter, Stepping)]
+    counted = [(adapter, tallies[name]) for name, adapter in adapters if name in tallies]
+    if not counted:
+        return
+    sizes = [counts.numel() for _, counts in counted]
+    joint = torch.split(sum_over_processes(torch.cat([counts.flatten() for _, counts in counted])), sizes)
+    for (adapter, counts), summed in zip(counted, joint, strict=True):
+        adapter.after_step(summed.view_as(counts))
+
+
+def check_stepped(state: State) -> None:
+    """Refuse a training forward if the optimiser stepped since the last one and nobody said so.
+
+    Raises:
+        MissingStep: tallies wait for `after_step`, but the parameters have changed since they were counted.
+    """
+    runtime = state.runtime
+    version = next(parameter._version for _, parameter in state.named_parameters() if parameter.requires_grad)
+    if (runtime.counted or runtime.tallies) and version != state.stepping_version:
+        raise MissingStep(
+            f"{state.factory.name} balances its experts after every optimiser step, but the parameters changed without "
+            "a call to after_step(): call after_step() on the attachment after optimiser.step()"
+        )
+    state.stepping_version = version

@@ -1,0 +1,90 @@
+"""Every method on pretended cuda:0: no operation mixes devices, no steady step makes the host wait for the device."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from tests.support.variants import variants
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ builds the device guard that torch without CUDA lacks"),
+]
+
+ROOT = Path(__file__).resolve().parents[3]
+HOSTS = ("bert", "t5", "llama", "deberta")
+VARIANTS = variants(num_tasks=3)
+
+
+@pytest.fixture(scope="session")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Host -> configuration -> phase -> what was found; each host has a process of its own.
+
+    Processes of pytest-xdist share what one of them found.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    folder = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    @functools.cache
+    def walk(host: str) -> dict[str, dict[str, dict[str, Any]]]:
+        path = folder / f"walk-{host}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                run_device("walk", host, str(path))
+        found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
+        return found
+
+    return walk
+
+
+def run_device(module: str, *words: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.with_cuda_guard", f"tests.library.device.{module}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def must_refuse(label: str) -> bool:
+    """These hosts put the batch first."""
+    return not VARIANTS[label].capabilities.batch_first
+
+
+def may_refuse(host: str, label: str) -> bool:
+    """DeBERTa's projections also read a table of positions, which has no rows whose task or padding could be asked."""
+    return host == "deberta" and VARIANTS[label].capabilities.routing == "token"
+
+
+@pytest.mark.parametrize("label", VARIANTS)
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_phase_stays_on_the_device(walked: Any, host: str, label: str) -> None:
+    phases = walked(host)[label]
+    errors = {name: phase["error"] for name, phase in phases.items() if phase["error"]}
+    if host == "deberta" and VARIANTS[label].capabilities.routing == "task":
+        # Its table of positions belongs to no task, so that a task cannot be merged.
+        assert "NotMergeable" in errors.pop("merge", "NotMergeable")
+    if must_refuse(label) or (may_refuse(host, label) and errors):
+        assert errors
+        assert all("MissingRouting" in error for error in errors.values())
+        return
+    assert not errors
+    waits = {name: phase["waits"] for name, phase in phases.items() if name.startswith("steady")}
+    assert {"steady step", "steady checkpointed step", "steady evaluation"} <= set(waits)
+    ours = {name: [wait for wait in found if "transformers" not in wait] for name, found in waits.items()}
+    assert not any(ours.values()), ours
+
+
+@pytest.mark.parametrize(("fault", "phase"), [("reads a value", "waits"), ("makes a tensor on the host", "error")])
+def test_a_fault_put_into_a_site_by_hand_is_found(tmp_path: Path, fault: str, phase: str) -> None:
+    run_device("spoilt", fault, str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["steady step"][phase]
