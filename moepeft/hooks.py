@@ -36,7 +36,8 @@ def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> No
         setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
         bind(module)
     state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
-    if state.factory.capabilities.routing in ("task", "batch"):
+    capabilities = state.factory.capabilities
+    if capabilities.routing in ("task", "batch") and not capabilities.adapts_positions:
         for attention in position_readers(model, state.sites):
             attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
             attention.register_forward_hook(_forget_rows, always_call=True)

@@ -108,6 +108,8 @@ class Capabilities:
         row_independent: a row's output does not depend on the other rows of its batch.
         padding_independent: a row's output does not depend on how much padding follows it.
         cache_consistent: generating with a key-value cache equals recomputing the whole sequence.
+        adapts_positions: a table of relative positions that goes through the same layers as the rows (DeBERTa's) is
+            adapted and routed by as if it were a batch. False: an update that depends on the row leaves it alone.
         batch_first: rows are the first dimension of the input, as in every transformers model.
         aux_losses: names of the auxiliary losses it records while training.
         never_trained: name endings of adapter parameters that no loss reaches (a defect of a release, reproduced).
@@ -119,6 +121,7 @@ class Capabilities:
     row_independent: bool = True
     padding_independent: bool = True
     cache_consistent: bool = True
+    adapts_positions: bool = False
     batch_first: bool = True
     aux_losses: tuple[str, ...] = ()
     never_trained: tuple[str, ...] = ()

@@ -18,6 +18,10 @@ Differences between paper and release (preset `released` reproduces those that c
 * it picks the group by the normalised scores, so that the most uneven group wins however weak its affinity:
   ``choice="normalised"``; here the group with the largest affinity wins;
 * it re-routes at every step of cached decoding by one token: ``hold=False``; here the prompt's routing holds;
+* DeBERTa, the release's model for GLUE, sends its table of relative positions through the query projections, and the
+  first of them is the router. The release adapts the table and routes by the table from there on:
+  ``positions="adapted"``. Only two sites see the batch's routing, the first query and value projections. All others
+  use the weights that the table gives, which are the same for every batch. Here the table is left alone;
 * it re-draws trained centroids after a reload, because "already initialised" is not saved: not reproduced.
 
 Routing by batch makes a row depend on its companions. ``routing="row"`` is this library's variant without that.
@@ -37,7 +41,7 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
-from moepeft.errors import MissingRouting
+from moepeft.errors import ConfigError, MissingRouting
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import tucka as _fast
 from moepeft.methods._validation import check_choices, check_count, check_positive
@@ -63,12 +67,13 @@ class TuckA(MethodConfig):
         mean: average the router's input over real tokens, or over all positions.
         choice: pick the group by raw affinity, or by the scores normalised within groups.
         hold: keep the prompt's routing during cached decoding.
+        positions: leave a table of relative positions (DeBERTa's) alone, or adapt it and route by it as by a batch.
     """
 
     name: ClassVar[str] = "tucka"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {},
-        "released": {"mean": "all", "choice": "normalised", "hold": False},
+        "released": {"mean": "all", "choice": "normalised", "hold": False, "positions": "adapted"},
     }
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "kaiming": {"centroids": "kaiming"},
@@ -90,6 +95,7 @@ class TuckA(MethodConfig):
     mean: Literal["real", "all"] = "real"
     choice: Literal["affinity", "normalised"] = "affinity"
     hold: bool = True
+    positions: Literal["frozen", "adapted"] = "frozen"
 
     def __post_init__(self) -> None:
         for field in ("rank", "groups", "experts", "shared_rank"):
@@ -97,6 +103,10 @@ class TuckA(MethodConfig):
         check_positive("TuckA", "alpha", self.alpha)
         check_positive("TuckA", "perturbation", self.perturbation, zero=True)
         check_choices("TuckA", self)
+        if self.positions == "adapted" and self.mean == "real":
+            raise ConfigError(
+                "TuckA: positions='adapted' with mean='real', but a table of positions has no padding: take mean='all'"
+            )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -108,6 +118,7 @@ class TuckA(MethodConfig):
             row_independent=self.routing == "row",
             padding_independent=self.mean == "real",
             cache_consistent=False,
+            adapts_positions=self.positions == "adapted",
         )
 
     def shared(self, sites: Sequence[LinearSite]) -> nn.Module:

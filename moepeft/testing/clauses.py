@@ -239,7 +239,7 @@ def auxiliary_losses_are_named(factory: AdapterFactory, host: Host) -> None:
     _require(tuple(losses) == declared, f"training records the losses {tuple(losses)}, Capabilities(aux_losses="
              f"{declared}) names others")  # fmt: skip
     for name, value in losses.items():
-        _require(bool(torch.isfinite(value)), f"the auxiliary loss {name!r} is {float(value)}")
+        _require(bool(torch.isfinite(value)), f"the auxiliary loss {name!r} is {float(value.detach())}")
     adapters.model.eval()
     run(adapters, host, inputs)
     _require(not adapters.aux_losses(), f"evaluation records the losses {tuple(adapters.aux_losses())}, wanted none")

@@ -1,9 +1,9 @@
 """Replay golden vectors through the library: ``python -m tests.golden.replay DIR``.
 
-A golden case is `<case>.safetensors` with the numbers and `<case>.json` with the configuration and each tensor's
-role. The numbers were made by running the authors' released code (EPT's equations: torch primitives). A replayer
-builds a host model around the case's frozen weights, attaches the method as a user would, loads the parameters, and
-computes outputs, losses and gradients; every stored one is compared.
+A layer's case is `<case>.safetensors` with the numbers and `<case>.json` with the configuration and each tensor's role.
+The numbers were made by running the authors' released code (EPT's equations: torch primitives). A replayer builds a
+host model around the case's frozen weights, attaches the method as a user would, loads the parameters, and computes
+outputs, losses and gradients; every stored one is compared. A whole model's case is described in `tests.golden.whole`.
 """
 
 from __future__ import annotations
@@ -487,6 +487,21 @@ def check(case: Case) -> Errors:
     return Errors(**worst, within=within)
 
 
+def check_file(sidecar: Path) -> Errors:
+    """Replay the case of a file, of a layer or of a whole model."""
+    from tests.golden import whole  # builds models of transformers
+
+    if "model_config" not in json.loads(sidecar.read_text()):
+        return check(Case.read(sidecar))
+    worst = {"output": 0.0, "loss": 0.0, "gradient": 0.0}
+    within = True
+    for name, (error, allowed) in whole.check(whole.WholeCase.read(sidecar)).items():
+        kind = "gradient" if name.startswith("grad") else "loss" if "loss" in name or name == "balance" else "output"
+        worst[kind] = max(worst[kind], error) if error == error else float("nan")
+        within &= error <= allowed
+    return Errors(**worst, within=within)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Replay a folder; 0 when every case agrees."""
     parser = argparse.ArgumentParser(prog="python -m tests.golden.replay", description=__doc__.splitlines()[0])
@@ -500,7 +515,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'case':48} {'output':>9} {'loss':>9} {'gradient':>9}")
     for sidecar in sidecars:
         try:
-            errors = check(Case.read(sidecar))
+            errors = check_file(sidecar)
         except Exception as error:  # one damaged case must not hide the others
             print(f"{sidecar.stem:48} cannot be replayed: {type(error).__name__}: {error}")
             failed += 1

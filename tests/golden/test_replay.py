@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import moepeft
 from tests.golden import replay
 
 FOLDER = Path(__file__).parent
 CASES = sorted(FOLDER.glob("*.json"))
+WHOLE = sorted((FOLDER / "whole").glob("*.json"))
 
 
-@pytest.mark.parametrize("sidecar", CASES, ids=lambda path: path.stem)
-def test_case(sidecar: Path) -> None:
-    assert replay.check(replay.Case.read(sidecar)).within
+@pytest.mark.parametrize("fast", [True, False], ids=["fast paths", "definitions"])
+@pytest.mark.parametrize("sidecar", [*CASES, *WHOLE], ids=lambda path: path.stem)
+def test_case(sidecar: Path, fast: bool) -> None:
+    with moepeft.fast_paths(fast):
+        assert replay.check_file(sidecar).within
 
 
 def test_every_replayer_has_cases() -> None:
@@ -29,7 +33,7 @@ def test_every_replayer_has_cases() -> None:
 def copy(case: str, folder: Path) -> Path:
     for suffix in (".json", ".safetensors"):
         shutil.copy(FOLDER / f"{case}{suffix}", folder)
-    return folder / f"{case}.json"
+    return folder / f"{Path(case).name}.json"
 
 
 def edit(sidecar: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -57,6 +61,15 @@ def test_what_cannot_be_replayed_fails_and_the_others_go_on(tmp_path: Path, caps
     assert "no replayer for method 'unheard_of'" in out
     assert "name different things: ['A']" in out
     assert "1 passed, 2 failed" in out
+
+
+def test_a_changed_number_of_a_whole_model_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = copy("whole/tucka_deberta", tmp_path).with_suffix(".safetensors")
+    tensors = load_file(weights)
+    tensors["expected/grad_lm/router/EC"].view(-1)[0] += 1e-6
+    save_file(tensors, weights)
+    assert replay.main([str(tmp_path)]) == 1
+    assert "ABOVE TOLERANCE" in capsys.readouterr().out
 
 
 def test_a_folder_without_cases_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
