@@ -27,6 +27,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "mola": "moepeft.methods.mola:MoLA",
     "loramoe": "moepeft.methods.loramoe:LoRAMoE",
     "adamole": "moepeft.methods.adamole:AdaMoLE",
+    "smora": "moepeft.methods.smora:SMoRA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

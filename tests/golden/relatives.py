@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ def replay_layer(
     view: View = lambda name, gradient: gradient,
     host: nn.Module | None = None,
     aux_unit: float = 1.0,
+    buffers: Mapping[str, str] = MappingProxyType({}),
 ) -> Replay:
     """One adapted layer, and its auxiliary loss where the case has one.
 
@@ -35,6 +37,7 @@ def replay_layer(
         view: brings a gradient back.
         host: a model that returns what the case's layer returns; that layer alone unless given.
         aux_unit: the library's loss where the case's is 1.
+        buffers: golden name -> the adapter's buffer; what follows an optimiser step is compared as ``NAME_after``.
     """
     t = case.tensors
     host = Host(t, "base") if host is None else host
@@ -47,7 +50,7 @@ def replay_layer(
             f"sites.{site}.{own}": torch.stack([t[name] for name in golden.split("|")])
             if "|" in golden
             else into(golden, t[golden])
-            for golden, own in names.items()
+            for golden, own in {**names, **buffers}.items()
         }
     )
     x = t["x"].clone().requires_grad_()
@@ -62,6 +65,9 @@ def replay_layer(
     parameters = dict(attachment.named_parameters())
     leaves = {golden: parameters[f"sites.{site}.{own}"] for golden, own in names.items()}
     values = {"y": y, "adapter_out": y - bare}
+    attachment.after_step()
+    held = attachment.state_dict()
+    values |= {f"{golden}_after": held[f"sites.{site}.{own}"] for golden, own in buffers.items()}
     values |= {LOSS_OF[prefix]: value.reshape(1) for prefix, value in losses.items()}
     return Replay(values, {"x": x, **leaves}, y, t["g"], losses, view)
 
@@ -166,6 +172,14 @@ def replay_adamole(case: Case) -> Replay:
     return replay_layer(case, factory, names, aux_unit=factory.balance_coefficient)
 
 
+def replay_smora(case: Case) -> Replay:
+    """`smora__*`: the layer, and its bias after the step."""
+    c = case.config
+    fields = {name: c[name] for name in ("top_k", "alpha", "update_rate")}
+    factory = moepeft.method("smora@released", rank=c["r"], **fields)
+    return replay_layer(case, factory, {"A": "A", "B": "B", "router": "router"}, buffers={"bias": "bias"})
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
@@ -173,4 +187,5 @@ RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "mola": replay_mola,
     "loramoe": replay_loramoe,
     "adamole": replay_adamole,
+    "smora": replay_smora,
 }

@@ -39,7 +39,9 @@ everywhere = pytest.mark.parametrize("spec", BATCH_FIRST)
 on_hosts = pytest.mark.parametrize("host", HOSTS)
 
 
-def attached(host: str, spec: str, *, random: bool = True, **fields: Any) -> tuple[nn.Module, moepeft.Attachment]:
+def attached(
+    host: str, spec: str, *, random: bool = True, noise: float = 0.1, **fields: Any
+) -> tuple[nn.Module, moepeft.Attachment]:
     """A host with adapters; `random` moves every adapter parameter away from its start, as training would."""
     model = build(host)
     torch.manual_seed(5)
@@ -48,8 +50,7 @@ def attached(host: str, spec: str, *, random: bool = True, **fields: Any) -> tup
         run(model, batch(model), IDS)  # data-aware initialisation happens now, not in the middle of a comparison
         generator = torch.Generator().manual_seed(7)
         for parameter in adapters.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data.add_(0.1 * noise)
+            parameter.data.add_(noise * torch.randn(parameter.shape, generator=generator))
     return model, adapters
 
 
@@ -194,7 +195,8 @@ def test_inputs_go_with_the_forward(host: str, spec: str) -> None:
 @everywhere
 @on_hosts
 def test_bfloat16_is_finite_and_near(host: str, spec: str) -> None:
-    model, adapters = attached(host, spec)
+    # Where tokens choose, one near a tie chooses otherwise in half precision: there updates are kept small.
+    model, adapters = attached(host, spec, noise=0.01 if make(spec).capabilities.routing == "token" else 0.1)
     inputs = batch(model)
     exact = run(model, inputs, IDS)
     with torch.autocast("cpu", dtype=torch.bfloat16):

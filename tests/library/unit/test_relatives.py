@@ -51,3 +51,48 @@ def test_mola_gives_each_stack_its_experts_by_depth() -> None:
         found = {site: adapters.adapters[site.name].experts.router.shape[0] for site in adapters.sites}
         assert {site.layer for site in found} == {0, 1}
         assert all(experts == (3, 5)[site.layer] for site, experts in found.items())
+
+
+# ---------------------------------------------------------------------- SMoRA
+
+
+def test_smora_opens_k_ranks_and_a_bias_moves_the_choice_alone() -> None:
+    """Token by token: the softmax of the chosen scores is that of the scores without the bias that chose them."""
+    model = nn.Sequential(linear())
+    adapters = randomised(model, moepeft.method("smora", rank=5, top_k=2, alpha=3.0))
+    adapter = adapters.adapters["0"]
+    adapter.bias.copy_(torch.tensor([0.0, 4.0, -4.0, 0.5, 0.0]))
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        rows = model(x)
+    for token, row in zip(x, rows, strict=True):
+        scores = adapter.router @ token
+        biased = (scores + adapter.bias).tolist()
+        chosen = sorted(range(5), key=biased.__getitem__)[-2:]
+        gates = scores[chosen].softmax(dim=0)
+        update = sum(gate * adapter.B[:, j] * (adapter.A[j] @ token) for gate, j in zip(gates, chosen, strict=True))
+        assert torch.allclose(row, linear()(token) + 3.0 * update, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """A layer that is told which positions are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        output: Tensor = self.layer(x)
+        return output
+
+
+def test_smora_moves_its_bias_towards_idle_ranks() -> None:
+    """Three real tokens open rank 0 of four: its count is above the mean, the others' are below."""
+    host = Masked().train()
+    adapters = moepeft.attach(host, moepeft.method("smora", rank=4, top_k=1, update_rate=0.25))
+    bias = adapters.adapters["layer"].bias
+    bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
+    host(torch.randn(2, 3, 6), attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert torch.equal(adapters.runtime.counted["layer"], torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    adapters.after_step()
+    assert torch.equal(bias, torch.tensor([8.75, 0.25, 0.25, 0.25]))
