@@ -20,8 +20,11 @@ from benchmarks.reporting.build import (
     write_files,
 )
 from benchmarks.reporting.changes import difference_markdown
+from benchmarks.reporting.page.write import write_page
 from benchmarks.reporting.parameters import InconsistentRecordsError
 from benchmarks.reporting.readme import ReadmeError, find_folder, update_readme
+
+PAGE = RESULTS / "page"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Options:
     """Also rewrite the block between the results markers of this file: the scores of the folder that they name."""
     check: bool = False
     """Write nothing; fail and name the tables that are not what the records give, and the figures that are missing."""
+    html: bool = False
+    """Also write results/page: one folder with everything, for a browser, from disk or from a server."""
     reference: str | None = None
     """Method to compare with; by default the one that the protocol names, if any."""
     diff: Annotated[tuple[Path, Path] | None, tyro.conf.arg(metavar="A B")] = field(default=None)
@@ -51,7 +56,12 @@ def run(options: Options) -> int:
         raise NoRecordsError(f"no folder in {RESULTS}/ holds records; name one with --results")
     reports = {root: build_report(root, options.reference) for root in roots}
     readme = None if options.readme is None else _update(options.readme, reports, options.reference)
-    return _check(reports, options.readme, readme) if options.check else _write(reports, options.readme, readme)
+    if options.check:
+        return _check(reports, options.readme, readme)
+    _write(reports, options.readme, readme)
+    if options.html:
+        sys.stdout.write(f"{write_page(RESULTS, PAGE)}\n")
+    return 0
 
 
 def _update(path: Path, reports: dict[Path, Report], reference: str | None) -> str:
@@ -71,14 +81,13 @@ def _check(reports: dict[Path, Report], path: Path | None, readme: str | None) -
     return 1 if differing else 0
 
 
-def _write(reports: dict[Path, Report], path: Path | None, readme: str | None) -> int:
+def _write(reports: dict[Path, Report], path: Path | None, readme: str | None) -> None:
     for root, report in reports.items():
         write_files(root, report)
         sys.stdout.write(report.markdown)
     if path is not None and readme is not None:
         with replacing(path) as file:
             file.write(readme.encode())
-    return 0
 
 
 def main() -> int:

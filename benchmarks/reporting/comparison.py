@@ -81,6 +81,25 @@ def comparison_table(
     )
 
 
+def compare_all_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame) -> list[tuple[str, str, Difference]]:
+    """The difference of every pair of methods that have runs of a seed in common; baselines are left out.
+
+    Args:
+        frame: the long frame of one protocol.
+        outcomes: the predictions of its runs, as `Results.outcomes` gives them.
+    """
+    runs = count_runs(frame)
+    labels = [str(label) for label in runs.index if not is_baseline(str(runs.loc[label, "method"]))]
+    found = []
+    for number, base in enumerate(labels):
+        pairs = _Pairs(frame, outcomes, base)
+        for label in labels[number + 1 :]:
+            compared = pairs.compare(label)
+            if compared is not None:
+                found.append((label, base, compared[0]))
+    return found
+
+
 class _Pairs:
     """Finds the predictions of runs of the same seed."""
 

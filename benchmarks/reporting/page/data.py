@@ -88,7 +88,6 @@ def describe_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     rows = []
     for label, own in runs.groupby("label", sort=False):
         by_task = primary[primary["label"] == label].groupby("task", sort=False)["value"].apply(list)
-        known = costs.loc[label] if label in costs.index.get_level_values("label") else pd.DataFrame()
         rows.append(
             {
                 "label": str(label),
@@ -100,17 +99,20 @@ def describe_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
                 "status": sorted(own["status"].unique()),
                 "scores": {str(task): [_number(value) for value in values] for task, values in by_task.items()},
                 "rate": float(own["learning_rate"].iloc[0]),
-                "parameters": _first(known, "parameters.adapter"),
-                "step": _first(known, "timing.train_over_bare"),
-                "seconds": _first(known, "timing.train_step.median"),
-                "memory": _first(known, "memory.peak_bytes"),
+                "parameters": _median(costs, str(label), "parameters.adapter"),
+                "step": _median(costs, str(label), "timing.train_over_bare"),
+                "seconds": _median(costs, str(label), "timing.train_step.median"),
+                "memory": _median(costs, str(label), "memory.peak_bytes"),
             }
         )
     return rows
 
 
-def _first(costs: pd.DataFrame, column: str) -> float | None:
-    values = costs[column].dropna() if column in costs.columns else pd.Series(dtype=float)
+def _median(costs: pd.DataFrame, label: str, column: str) -> float | None:
+    """Median over the runs of a method; None where nothing was measured."""
+    if column not in costs.columns:
+        return None
+    values = costs.loc[costs.index.get_level_values("label") == label, column].dropna()
     return None if values.empty else float(values.median())
 
 
@@ -125,19 +127,21 @@ def average_curves(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Task loss over steps, the mean over seeds; with the seconds that so many steps take."""
     losses = select_finished(frame)
     losses = losses[losses["metric"] == "loss.task"]
+    costs = pivot_costs(frame)
     points = []
     for label, own in losses.groupby("label", sort=False):
-        curve = own.groupby("step")["value"].mean()
-        seconds = _first(pivot_costs(frame).loc[label], "timing.train_step.median")
+        means = own.groupby("step")["value"].mean()
+        curve = list(zip(means.index.astype(int).tolist(), means.tolist(), strict=True))
+        seconds = _median(costs, str(label), "timing.train_step.median")
         stride = max(1, len(curve) // CURVE_POINTS)
         points += [
             {
                 "label": str(label),
-                "step": int(step),
-                "seconds": None if seconds is None else round(int(step) * seconds, 2),
-                "loss": round(float(value), 5),
+                "step": step,
+                "seconds": None if seconds is None else round(step * seconds, 2),
+                "loss": round(value, 5),
             }
-            for step, value in curve.iloc[::stride].items()
+            for step, value in curve[::stride]
         ]
     return points
 
