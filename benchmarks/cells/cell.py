@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 
-import moepeft
-from benchmarks.backbones.load import BackboneSource, describe
+from benchmarks.backbones.adapters import Adapters
+from benchmarks.backbones.load import BackboneSource, describe, load_tokenizer
+from benchmarks.cells.data import TokenisedTask, tokenise_task
 from benchmarks.cells.evaluate import Evaluation, evaluate_majority, evaluate_model
+from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.routing import collect
 from benchmarks.cells.timing_pass import Measurement, measure
 from benchmarks.cells.train import TrainingLog, make_trainer, train, training_batches
-from benchmarks.families import AnyAttachment, Model, family_of
-from benchmarks.families.batch import Ledger, TokenisedTask
-from benchmarks.methods.peft import PeftBaseline
-from benchmarks.plan.cells import PlannedCell, trains
+from benchmarks.families import AnyFamily, AnyModel, family_of
+from benchmarks.plan.cells import PlannedCell
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.records.failures import one_line, status_of, traceback_tail
-from benchmarks.records.provenance import gather
+from benchmarks.records.provenance import code_state, gather
 from benchmarks.records.schema import Budget, Parameters, Routing, RunRecord, Status, Timing
 from benchmarks.tasks.base import TaskData
-from moepeft.errors import Unsupported
-from moepeft.protocols import AdapterFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,7 @@ class Bench:
     """What all cells of a run share.
 
     Attributes:
-        data: the tasks' rows, in the order of the protocol.
-        tasks: the same, tokenised.
+        tasks: their rows, tokenised, in the order of the protocol.
         tokenizer: of the backbone.
         source: where the backbone comes from.
         device: where to run.
@@ -44,13 +42,30 @@ class Bench:
         timed: whether cells end with a timing pass; not if others run beside them.
     """
 
-    data: tuple[TaskData, ...]
     tasks: tuple[TokenisedTask, ...]
     tokenizer: Any
     source: BackboneSource
     device: torch.device
     command: str
     timed: bool = True
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Where the rows of every task come from."""
+        return {task.spec.name: task.source for task in self.tasks}
+
+
+def prepare(
+    data: Sequence[TaskData], protocol: Protocol, source: BackboneSource, device: torch.device, command: str
+) -> Bench:
+    """Tokenise the rows that cells of a protocol share, whatever their learning rates."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    code_state()  # now: the state of the code that runs, and before tokenisers have started threads
+    tokenizer = load_tokenizer(source)
+    family = family_of(protocol, tokenizer, [task.spec for task in data])
+    return Bench(tuple(tokenise_task(task, family) for task in data), tokenizer, source, device, command)
 
 
 # ---------------------------------------------------------------------- running
@@ -124,7 +139,7 @@ def run_cell(
         memory=None if measurement is None else measurement.memory,
         curve=found.log.curve,
         backbone=found.backbone,
-        sources={task.spec.name: task.source for task in bench.data},
+        sources=bench.sources,
         routing=found.routing,
         outcomes=None,  # named by the store
         provenance=provenance,
@@ -134,71 +149,50 @@ def run_cell(
 
 def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
     protocol = planned.cell.protocol
-    if planned.refusal is not None:
-        raise Unsupported(planned.refusal)
-    if planned.cell.method == "majority":
+    planned.method.check()
+    if not planned.method.needs_model:
         found.parameters = _count(None, None, len(bench.tasks))
         found.evaluation = evaluate_majority(bench.tasks)
         return
+    family = family_of(protocol, bench.tokenizer, [task.spec for task in bench.tasks])
     start = time.perf_counter()
-    model = _set_up(planned, bench, found)
-    trainer = make_trainer(model, model.attachment, protocol) if trains(planned.cell.method) else None
+    model = _set_up(planned, bench, family, found)
+    trainer = make_trainer(model, model.attachment, protocol) if planned.method.trains else None
     found.setup_seconds = time.perf_counter() - start
 
-    padding = bench.tokenizer.pad_token_id
     if trainer is not None:
         seed = planned.cell.seed
         found.ledger = Ledger([task.spec.name for task in bench.tasks])
-        batches = training_batches(bench.tasks, protocol, seed, padding, found.ledger, bench.device)
+        batches = training_batches(bench.tasks, family, seed, found.ledger, bench.device)
         train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
         found.optimiser = trainer.account()
 
-    family = family_of(protocol)
     start = time.perf_counter()
+    autocast = protocol.precision == "bf16"
     found.evaluation = evaluate_model(
-        model,
-        bench.tasks,
-        family,
-        batch_size=protocol.eval_batch_size,
-        autocast=protocol.precision == "bf16",
-        pad_token_id=padding,
+        model, bench.tasks, family, batch_size=protocol.eval_batch_size, autocast=autocast
     )
     found.evaluate_seconds = time.perf_counter() - start
     if protocol.evaluate_on == "reported":
-        found.routing = collect(model, bench.tasks, family, padding, autocast=protocol.precision == "bf16")
+        found.routing = collect(model, bench.tasks, family, autocast=autocast)
     if not bench.timed or planned.cell.trial or trainer is None:
         return
-    found.measurement = measure(
-        trainer,
-        [task.spec for task in bench.tasks],
-        protocol.timing,
-        family,
-        vocabulary=len(bench.tokenizer),
-        segments="token_type_ids" in bench.tokenizer.model_input_names,
-    )
+    found.measurement = measure(trainer, family, protocol.timing)
 
 
-def _set_up(planned: PlannedCell, bench: Bench, found: _Findings) -> Model:
+def _set_up(planned: PlannedCell, bench: Bench, family: AnyFamily, found: _Findings) -> AnyModel:
     protocol, seed = planned.cell.protocol, planned.cell.seed
-    specs = [task.spec for task in bench.tasks]
-    model = family_of(protocol).load(bench.source, specs, protocol, seed, bench.tokenizer)
+    model = family.load(bench.source, seed)
     found.backbone = describe(bench.source, model.backbone)
-    if planned.factory is not None:
-        with torch_stream(protocol.name, seed, "adapters"):
-            model.attachment = _attach(model.backbone, planned.factory)
-    elif planned.cell.method == "full":
-        model.backbone.float().requires_grad_(True)  # in bf16, most steps of a small rate would round to nothing
+    with torch_stream(protocol.name, seed, "adapters"):
+        model.attachment = planned.method.attach(model.backbone)
     # Initialised on the CPU and then moved: the same values on every device.
     model.to(bench.device)
-    found.parameters = _count(model, model.attachment, len(specs))
+    found.parameters = _count(model, model.attachment, len(family.specs))
     return model
 
 
-def _attach(encoder: torch.nn.Module, method: AdapterFactory | PeftBaseline) -> AnyAttachment:
-    return method.attach(encoder) if isinstance(method, PeftBaseline) else moepeft.attach(encoder, method)
-
-
-def _count(model: Model | None, attachment: AnyAttachment | None, tasks: int) -> Parameters:
+def _count(model: AnyModel | None, attachment: Adapters | None, tasks: int) -> Parameters:
     heads = 0 if model is None else _numbers(model.heads.parameters())
     if attachment is not None:
         count = attachment.parameter_count()

@@ -10,8 +10,8 @@ from statistics import fmean
 import pandas as pd
 import torch
 
-from benchmarks.families import UNREADABLE, Family, Model
-from benchmarks.families.batch import TokenisedTask
+from benchmarks.cells.data import TokenisedTask
+from benchmarks.families import UNREADABLE, AnyFamily, AnyModel
 from benchmarks.records.schema import Score
 from benchmarks.tasks.metrics import score
 
@@ -25,22 +25,18 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: Model,
-    tasks: Sequence[TokenisedTask],
-    family: Family,
-    *,
-    batch_size: int,
-    autocast: bool,
-    pad_token_id: int,
+    model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, *, batch_size: int, autocast: bool
 ) -> Evaluation:
     """Score all tasks. Batches hold rows of one task, sorted by length: the same batches for every method.
 
     A generated answer that cannot be read counts as a wrong one, a score that cannot be read as the mean score of the
     training rows; the note of the task's score says how many there were.
+
+    Raises:
+        Diverged: what an answer is chosen by is not finite.
     """
     model.eval()
     device = next(model.parameters()).device
-    specs = [task.spec for task in tasks]
     predictions = []
     for position, task in enumerate(tasks):
         order = sorted(range(len(task.validation)), key=lambda row, task=task: (task.validation[row].length, row))  # type: ignore[misc]
@@ -48,7 +44,7 @@ def evaluate_model(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = [(position, task.validation[row]) for row in chosen]
-            batch = family.scoring_batch(rows, specs, pad_token_id).to(device)
+            batch = family.scoring_batch(rows).to(device)
             with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 found[chosen] = model.predict(batch).double().cpu()
         predictions.append(found.tolist())

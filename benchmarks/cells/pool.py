@@ -130,7 +130,7 @@ def _death(planned: PlannedCell, bench: Bench, code: int | None) -> RunRecord:
         cell=planned.cell,
         status="error",
         reason=f"the process that ran it {how}; --rerun failed runs it again",
-        sources={task.spec.name: task.source for task in bench.data},
+        sources=bench.sources,
         backbone=None,
         routing=None,
         outcomes=None,

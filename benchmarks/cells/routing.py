@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.families import Family, Model
-from benchmarks.families.batch import Row, TokenisedTask
+from benchmarks.cells.data import TokenisedTask
+from benchmarks.families import AnyFamily, AnyModel
+from benchmarks.families.batch import Row
 from benchmarks.records.schema import EmbeddingMap, Routing, SiteRouting, TaskEmbeddings
 from moepeft import Attachment
 from moepeft.context import SiteContext
@@ -66,9 +67,7 @@ class _Choices:
         )
 
 
-def collect(
-    model: Model, tasks: Sequence[TokenisedTask], family: Family, pad_token_id: int, *, autocast: bool
-) -> Routing | None:
+def collect(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, *, autocast: bool) -> Routing | None:
     """Routing of the first `ROWS` evaluation rows of every task; None for what records neither gates nor embeddings.
 
     Where answers are text the rows carry their right answers, as in training.
@@ -77,7 +76,6 @@ def collect(
         model: with its adapters, in the mode it is in.
         tasks: in the order of the protocol, which is that of the task ids.
         family: makes the batches, each of rows of one task.
-        pad_token_id: of the tokenizer.
         autocast: whether the forward runs in bfloat16.
     """
     attachment = model.attachment
@@ -86,7 +84,7 @@ def collect(
     device = next(model.parameters()).device
     choices: dict[tuple[str, int], _Choices] = {}
     for task, rows in _batches(tasks):
-        batch = family.training_batch(rows, model.specs, pad_token_id).to(device)
+        batch = family.training_batch(rows).to(device)
         with (
             torch.inference_mode(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),

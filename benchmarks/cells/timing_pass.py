@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells.train import Trainer
-from benchmarks.families import Family
+from benchmarks.families import AnyFamily
 from benchmarks.families.batch import Batch
 from benchmarks.instruments.clock import Step, interleave, paired_ratio, quantiles
 from benchmarks.instruments.memory import held, memory_kind, peak_above
@@ -18,7 +18,6 @@ from benchmarks.instruments.processor import processor_shares, read_processor
 from benchmarks.protocols.protocol import TimingPlan
 from benchmarks.protocols.seeds import generator
 from benchmarks.records.schema import Memory, Quantiles
-from benchmarks.tasks.base import TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +38,10 @@ class Measurement:
     others_share: float | None = None
 
 
-def measure(
-    trainer: Trainer,
-    specs: Sequence[TaskSpec],
-    plan: TimingPlan,
-    family: Family,
-    *,
-    vocabulary: int,
-    segments: bool,
-) -> Measurement:
+def measure(trainer: Trainer, family: AnyFamily, plan: TimingPlan) -> Measurement:
     """Time training and inference steps. To be called last: the steps are real, if with a rate of zero."""
     device = next(trainer.model.parameters()).device
-    batch = timing_batch(specs, plan, family, vocabulary=vocabulary, segments=segments).to(device)
+    batch = timing_batch(family, plan).to(device)
     for group in trainer.optimiser.param_groups:
         group["lr"] = group["initial_lr"] = 0.0
     trainer.schedule.base_lrs = [0.0] * len(trainer.optimiser.param_groups)
@@ -91,17 +82,17 @@ def _standing(trainer: Trainer) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def timing_batch(
-    specs: Sequence[TaskSpec], plan: TimingPlan, family: Family, *, vocabulary: int, segments: bool
-) -> Batch:
+def timing_batch(family: AnyFamily, plan: TimingPlan) -> Batch:
     """Random tokens in a full rectangle, the tasks taking turns; each row has one answer at most."""
     rng = generator("timing")
+    vocabulary = len(family.tokenizer)
     rows = []
     for position in range(plan.rows):
-        task = position % len(specs)
+        task = position % len(family.specs)
         ids = tuple(map(int, rng.integers(vocabulary // 2, vocabulary, size=plan.length)))
-        rows.append((task, family.timing_row(ids, segments=segments)))
-    return family.training_batch(rows, specs, 0)
+        rows.append((task, family.timing_row(ids)))
+    batch: Batch = family.training_batch(rows)
+    return batch
 
 
 def _time(

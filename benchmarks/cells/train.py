@@ -12,14 +12,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from benchmarks.backbones.adapters import Adapters
 from benchmarks.cells.curve import CurveReader
+from benchmarks.cells.data import TokenisedTask
+from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.order import sorted_within_windows, training_order
-from benchmarks.families import AnyAttachment, Model, family_of
-from benchmarks.families.batch import Batch, Ledger, Row, TokenisedTask
+from benchmarks.families import AnyFamily, AnyModel
+from benchmarks.families.batch import Batch, Row
 from benchmarks.instruments.processor import synchronise
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream
-from benchmarks.records.schema import Budget, CurvePoint
+from benchmarks.records.schema import CurvePoint
 
 Item = TypeVar("Item")
 
@@ -29,7 +32,6 @@ class TrainingLog:
     """What a run leaves behind; filled while it goes on, so that a failed run keeps what there was."""
 
     curve: list[CurvePoint] = field(default_factory=list)
-    budget: Budget | None = None
     seconds: float = 0.0
 
 
@@ -47,8 +49,8 @@ class Trainer:
         autocast: whether the forward runs in bfloat16.
     """
 
-    model: Model
-    attachment: AnyAttachment | None
+    model: AnyModel
+    attachment: Adapters | None
     parameters: list[nn.Parameter]
     optimiser: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -83,7 +85,7 @@ class Trainer:
         )
 
 
-def make_trainer(model: Model, attachment: AnyAttachment | None, protocol: Protocol) -> Trainer:
+def make_trainer(model: AnyModel, attachment: Adapters | None, protocol: Protocol) -> Trainer:
     """Optimiser and schedule as the protocol says, over whatever of the model trains."""
     from transformers import get_scheduler
 
@@ -117,20 +119,14 @@ def _decay_groups(parameters: list[nn.Parameter], rate: float, decay: float) -> 
 
 
 def training_batches(
-    tasks: Sequence[TokenisedTask],
-    protocol: Protocol,
-    seed: int,
-    pad_token_id: int,
-    ledger: Ledger,
-    device: torch.device,
+    tasks: Sequence[TokenisedTask], family: AnyFamily, seed: int, ledger: Ledger, device: torch.device
 ) -> Iterator[Batch]:
     """The batches of a run on `device`, in an order that the protocol and the seed alone decide.
 
     Each is prepared, and on its way to the device, before the one before it is handed out. It is entered in `ledger`
     when it is handed out.
     """
-    family = family_of(protocol)
-    specs = [task.spec for task in tasks]
+    protocol = family.protocol
     names = (protocol.name, seed, "order")
     order = training_order(
         {task.spec.name: len(task.train) for task in tasks},
@@ -145,7 +141,7 @@ def training_batches(
     def prepared() -> Iterator[tuple[list[tuple[int, Row]], Batch]]:
         for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
             rows = [(task, tasks[task].train[index]) for task, index in slots]
-            yield rows, family.training_batch(rows, specs, pad_token_id).to(device)
+            yield rows, family.training_batch(rows).to(device)
 
     for rows, batch in one_ahead(prepared()):
         ledger.add(rows, batch)

@@ -7,17 +7,25 @@
 
 from __future__ import annotations
 
-from benchmarks.families.base import UNREADABLE, AnyAttachment, Family, Model
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.families.base import UNREADABLE, Family, Model
 from benchmarks.families.causal import Causal
 from benchmarks.families.encoder import Encoder
 from benchmarks.families.seq2seq import Seq2Seq
+from benchmarks.protocols.protocol import Family as FamilyName
 from benchmarks.protocols.protocol import Protocol
+from benchmarks.tasks.base import TaskSpec
 
-__all__ = ["UNREADABLE", "AnyAttachment", "Family", "Model", "family_of"]
+__all__ = ["FAMILIES", "UNREADABLE", "AnyFamily", "AnyModel", "Family", "Model", "family_of"]
+
+AnyFamily = Family[Any, Any]
+AnyModel = Model[Any]
+
+FAMILIES: Mapping[FamilyName, type[AnyFamily]] = {"encoder": Encoder, "seq2seq": Seq2Seq, "causal": Causal}
 
 
-def family_of(protocol: Protocol) -> Family:
-    """The family a protocol asks for."""
-    if protocol.family == "seq2seq":
-        return Seq2Seq(protocol.scoring)
-    return Causal(protocol.scoring) if protocol.family == "causal" else Encoder()
+def family_of(protocol: Protocol, tokenizer: Any, specs: Sequence[TaskSpec]) -> AnyFamily:
+    """The family that a protocol asks for, for these tasks."""
+    return FAMILIES[protocol.family](protocol, tokenizer, tuple(specs))

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from benchmarks.backbones.adapters import Adapters
 from benchmarks.backbones.load import BackboneSource
-from benchmarks.families.batch import Batch, Row
-from benchmarks.methods.peft import PeftAttachment
-from benchmarks.protocols.protocol import Protocol as RunProtocol
+from benchmarks.families.batch import Batch, Row, Tokens
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.records.failures import Diverged
 from benchmarks.tasks.base import Example, TaskSpec
-from moepeft import Attachment
-
-AnyAttachment = Attachment | PeftAttachment
 
 # A generated answer that is no answer. (NaN is something else: what a diverged model gives.)
 UNREADABLE = float("-inf")
 
+RowType = TypeVar("RowType", bound=Row)
+BatchType = TypeVar("BatchType", bound=Batch)
 
-class Model(nn.Module):
+
+class Model(nn.Module, Generic[BatchType]):
     """A frozen backbone that adapters go onto, and what reads it.
 
     Attributes:
@@ -36,49 +38,69 @@ class Model(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict()
         self.specs = tuple(specs)
-        self.attachment: AnyAttachment | None = None
+        self.attachment: Adapters | None = None
 
     @abstractmethod
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+    def loss(self, outputs: Any, batch: BatchType) -> Tensor:
         """The task loss, from what a call on a training batch gave."""
 
     @abstractmethod
-    def predict(self, batch: Batch) -> Tensor:
-        """Class, choice or score of every row of a scoring batch, or `UNREADABLE`."""
+    def predict(self, batch: BatchType) -> Tensor:
+        """Class, choice or score of every row of a scoring batch, or `UNREADABLE`.
+
+        Raises:
+            Diverged: what an answer is chosen by is not finite.
+        """
 
     def routing(self, task_ids: Tensor) -> dict[str, Tensor]:
         """The keyword that adapters take out of a call of the backbone; none while it is bare."""
         return {} if self.attachment is None else {"task_ids": task_ids}
 
 
-class Family(Protocol):
-    """Makes rows, batches and models."""
+def require_numbers(values: Tensor, spec: TaskSpec) -> None:
+    """Refuse to choose an answer among values that are no numbers: the highest of them would be the first.
 
-    @property
-    def has_heads(self) -> bool:
-        """Whether heads answer; else the answers are text, and the bare model can be scored."""
-        ...
+    Raises:
+        Diverged: a value is NaN or infinite.
+    """
+    unusable = int((~values.isfinite().reshape(len(values), -1).all(1)).sum())
+    if unusable:
+        raise Diverged(f"task {spec.name}: the model's values for {unusable} of {len(values)} rows are NaN or infinite")
 
-    def encode(
-        self, spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example], tokenizer: Any, max_length: int
-    ) -> tuple[Row, ...]:
+
+@dataclass(frozen=True)
+class Family(ABC, Generic[RowType, BatchType]):
+    """Makes rows, batches and models of the tasks of one protocol.
+
+    Attributes:
+        has_heads: whether heads answer; else the answers are text, and the bare model can be scored.
+        protocol: with the length limit and the way of scoring.
+        tokenizer: of the backbone.
+        specs: the tasks, in the order of the protocol.
+    """
+
+    has_heads: ClassVar[bool]
+
+    protocol: Protocol
+    tokenizer: Any
+    specs: tuple[TaskSpec, ...]
+
+    @abstractmethod
+    def encode(self, spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example]) -> tuple[RowType, ...]:
         """Tokenise examples of a task; `indices` are their positions in the split."""
-        ...
 
-    def training_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    @abstractmethod
+    def training_batch(self, rows: Sequence[tuple[int, RowType]]) -> BatchType:
         """Rows of any tasks, each with the position of its task, and their right answers."""
-        ...
 
-    def scoring_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    @abstractmethod
+    def scoring_batch(self, rows: Sequence[tuple[int, RowType]]) -> BatchType:
         """Rows of one task, and whatever is needed to choose their answers."""
-        ...
 
-    def timing_row(self, ids: tuple[int, ...], *, segments: bool) -> Row:
+    @abstractmethod
+    def timing_row(self, tokens: Tokens) -> RowType:
         """A row of these tokens for the timing pass."""
-        ...
 
-    def load(
-        self, source: BackboneSource, specs: Sequence[TaskSpec], protocol: RunProtocol, seed: int, tokenizer: Any
-    ) -> Model:
+    @abstractmethod
+    def load(self, source: BackboneSource, seed: int) -> Model[BatchType]:
         """The model, frozen and on the CPU."""
-        ...

@@ -1,68 +1,129 @@
-"""Rows and batches: what every family of models makes of a task's examples, and the account of what was consumed."""
+"""Rows and batches: what the families of models make of a task's examples.
+
+Where heads answer, a row is one or several token sequences (`HeadRow`, `HeadBatch`). Where the answer is text, a row
+is a prompt and its candidate answers (`TextRow`, `TextBatch`).
+"""
 
 from __future__ import annotations
 
-import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.protocols.protocol import Protocol
-from benchmarks.protocols.seeds import generator
-from benchmarks.records.schema import Budget
-from benchmarks.tasks.base import Example, Split, TaskData, TaskSpec
-
 # Lengths in steps of eight suit the matrix kernels and keep the number of distinct shapes small.
 LENGTH_MULTIPLE = 8
 
+Tokens = tuple[int, ...]
 
-@dataclass(frozen=True, slots=True)
-class Row:
+
+@dataclass(frozen=True, kw_only=True)
+class Row(ABC):
     """One tokenised example.
 
     Attributes:
-        sequences: token ids; one sequence, or one per choice of a multiple-choice row that heads read.
-        segments: token types of the same shape; None for backbones that have none.
         label: class index, index of the right choice, or score.
         index: position among all rows of the split.
-        answers: token ids of every candidate answer, each with its end; empty where heads answer.
-        gold: which of them is right.
     """
 
-    sequences: tuple[tuple[int, ...], ...]
-    segments: tuple[tuple[int, ...], ...] | None
     label: float
     index: int
-    answers: tuple[tuple[int, ...], ...] = ()
-    gold: int = 0
+
+    @property
+    @abstractmethod
+    def trained_on(self) -> tuple[Tokens, ...]:
+        """The token sequences that training reads."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of the longest sequence, and of the answer that is trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRow(Row):
+    """A row that a head reads.
+
+    Attributes:
+        sequences: token ids; one sequence, or one per choice of a multiple-choice row.
+        segments: token types of the same shape; None for backbones that have none.
+    """
+
+    sequences: tuple[Tokens, ...]
+    segments: tuple[Tokens, ...] | None
+
+    @property
+    def trained_on(self) -> tuple[Tokens, ...]:
+        """All sequences."""
+        return self.sequences
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence, and of the answer that is trained on."""
-        return max(map(len, self.sequences)) + sum(map(len, self.right_answer))
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow(Row):
+    """A row whose answer is text.
+
+    Attributes:
+        prompt: token ids.
+        answers: token ids of every candidate answer, each with its end.
+        gold: which of them is right.
+    """
+
+    prompt: Tokens
+    answers: tuple[Tokens, ...]
+    gold: int
 
     @property
-    def right_answer(self) -> tuple[tuple[int, ...], ...]:
-        """The answer that is trained on, as the only element; empty where heads answer."""
-        return self.answers[self.gold : self.gold + 1]
+    def right_answer(self) -> Tokens:
+        """The answer that is trained on."""
+        return self.answers[self.gold]
+
+    @property
+    def trained_on(self) -> tuple[Tokens, ...]:
+        """The prompt and its right answer."""
+        return self.prompt, self.right_answer
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of its right answer."""
+        return len(self.prompt) + len(self.right_answer)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenisedTask:
-    """One task, ready for batching."""
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded sequences of one or several tasks.
 
-    spec: TaskSpec
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
+    Attributes:
+        inputs: what the backbone takes: `input_ids`, `attention_mask` and, if it has them, `token_type_ids`.
+        task_ids: the task of every sequence.
+        rows: examples; a multiple-choice row counts once.
+        tokens: tokens without padding, those of text answers among them.
+        padded_tokens: the same with padding.
+    """
+
+    inputs: dict[str, Tensor]
+    task_ids: Tensor
+    rows: int
+    tokens: int
+    padded_tokens: int
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        inputs = {name: move(value, device) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, task_ids=move(self.task_ids, device))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskGroup:
-    """The rows of one task within a batch.
+    """The rows of one task within a batch that heads read.
 
     Attributes:
         task: position of the task in the protocol.
@@ -82,55 +143,42 @@ class TaskGroup:
         return replace(self, sequences=move(self.sequences, device), labels=move(self.labels, device), valid=valid)
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Candidate answers of a batch's rows, as text.
+@dataclass(frozen=True, kw_only=True)
+class HeadBatch(Batch):
+    """Sequences that heads read.
 
     Attributes:
-        labels: token ids, -100 where there is none; in the layout of the family that made them.
+        groups: the rows, task by task.
+    """
+
+    groups: tuple[TaskGroup, ...]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(super().to(device), groups=tuple(group.to(device) for group in self.groups))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch(Batch):
+    """Prompts and candidate answers.
+
+    Attributes:
+        labels: token ids of the candidates, -100 where there is none; in the layout of the family that made them.
         valid: which candidates exist, shape (rows, candidates).
-        task: position of the rows' task in the protocol where it is one for all, as in scoring; else -1.
+        tasks: position of every row's task in the protocol, shape (rows,).
     """
 
     labels: Tensor
     valid: Tensor
-    task: int
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(self, labels=move(self.labels, device), valid=move(self.valid, device))
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Padded sequences of one or several tasks.
-
-    Attributes:
-        inputs: what the backbone takes: `input_ids`, `attention_mask` and, if it has them, `token_type_ids`.
-        task_ids: the task of every sequence.
-        groups: the rows, task by task; empty where answers are text.
-        rows: examples; a multiple-choice row counts once.
-        tokens: tokens without padding, those of text answers among them.
-        padded_tokens: the same with padding.
-        answers: the candidates as text; None where heads answer.
-    """
-
-    inputs: dict[str, Tensor]
-    task_ids: Tensor
-    groups: tuple[TaskGroup, ...]
-    rows: int
-    tokens: int
-    padded_tokens: int
-    answers: Answers | None = None
+    tasks: Tensor
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         return replace(
-            self,
-            inputs={name: move(value, device) for name, value in self.inputs.items()},
-            task_ids=move(self.task_ids, device),
-            groups=tuple(group.to(device) for group in self.groups),
-            answers=None if self.answers is None else self.answers.to(device),
+            super().to(device),
+            labels=move(self.labels, device),
+            valid=move(self.valid, device),
+            tasks=move(self.tasks, device),
         )
 
 
@@ -139,47 +187,6 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-# ---------------------------------------------------------------------- from examples to rows
-
-
-def tokenise_task(data: TaskData, tokenizer: Any, protocol: Protocol) -> TokenisedTask:
-    """Tokenise the rows that the protocol uses of one task; every method and seed gets the same ones."""
-    from benchmarks.families import family_of
-
-    family = family_of(protocol)
-    train, validation = (
-        family.encode(data.spec, *chosen_rows(data, split, protocol), tokenizer, protocol.max_length)
-        for split in ("train", "validation")
-    )
-    return TokenisedTask(spec=data.spec, train=train, validation=validation)
-
-
-def chosen_rows(data: TaskData, split: Split, protocol: Protocol) -> tuple[list[int], list[Example]]:
-    """Positions and examples the protocol uses: all, or a subset that depends on the task's name alone.
-
-    On a fold, rows cut from the training rows stand in for the reported ones, and are not trained on.
-    """
-    rows = data.train if split == "train" else data.validation
-    indices = list(range(len(rows)))
-    if protocol.evaluate_on == "fold":
-        rows = data.train
-        drawn = list(map(int, generator("fold", data.spec.name).permutation(len(rows))))
-        cut = max(1, min(protocol.fold_rows, len(rows) // 5))
-        indices = sorted(drawn[cut:] if split == "train" else drawn[:cut])
-    limit = protocol.train_rows if split == "train" else protocol.eval_rows
-    if limit is not None and limit < len(indices):
-        kept = generator("subset", split, data.spec.name).permutation(len(indices))[:limit]
-        indices = [indices[at] for at in sorted(map(int, kept))]
-    return indices, [rows[index] for index in indices]
-
-
-def label_range(spec: TaskSpec) -> tuple[float, float]:
-    """Lowest and highest score of a regression task."""
-    if spec.label_range is None or spec.label_range[0] >= spec.label_range[1]:
-        raise ValueError(f"task {spec.name}: regression needs a label_range such as (0.0, 5.0), got {spec.label_range}")
-    return spec.label_range
 
 
 def padded(
@@ -202,41 +209,3 @@ def padded(
         ids[position, span] = tokens
         mask[position, span] = 1
     return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-# ---------------------------------------------------------------------- account
-
-
-class Ledger:
-    """What a run has consumed, and a hash two runs share only if they saw the same rows in the same order."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = tuple(names)
-        self._hash = hashlib.sha256()
-        self._rows = dict.fromkeys(self._names, 0)
-        self._steps = self._sequences = self._tokens = self._padded_tokens = 0
-
-    def add(self, rows: Sequence[tuple[int, Row]], batch: Batch) -> None:
-        """Enter one training batch."""
-        for task, row in rows:
-            name = self._names[task]
-            self._rows[name] += 1
-            self._hash.update(f"{name}\0{row.label!r}\0".encode())
-            for ids in (*row.sequences, *row.right_answer):
-                self._hash.update(np.asarray([len(ids), *ids], dtype="<i4").tobytes())
-        self._steps += 1
-        self._sequences += len(batch.task_ids)
-        self._tokens += batch.tokens
-        self._padded_tokens += batch.padded_tokens
-
-    def budget(self) -> Budget:
-        """The account so far."""
-        return Budget(
-            order_hash=self._hash.hexdigest(),
-            steps=self._steps,
-            rows=sum(self._rows.values()),
-            sequences=self._sequences,
-            tokens=self._tokens,
-            padded_tokens=self._padded_tokens,
-            rows_per_task=dict(self._rows),
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,56 +11,81 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.backbones.load import BackboneSource, hidden_size, load_backbone
-from benchmarks.families.base import Model
-from benchmarks.families.batch import Batch, Row, TaskGroup, label_range, padded
-from benchmarks.protocols.protocol import Protocol
+from benchmarks.families.base import Family, Model, require_numbers
+from benchmarks.families.batch import HeadBatch, HeadRow, TaskGroup, Tokens, padded
+from benchmarks.families.prompts import task_title
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.tasks.base import Example, TaskSpec
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The family of encoders; see `benchmarks.families.Family`."""
+class Encoder(Family[HeadRow, HeadBatch]):
+    """The family of encoders: heads read the mean of the last hidden states."""
 
     has_heads = True
 
-    def encode(
-        self,
-        spec: TaskSpec,
-        indices: Sequence[int],
-        examples: Sequence[Example],
-        tokenizer: Any,
-        max_length: int,
-    ) -> tuple[Row, ...]:
+    def encode(self, spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example]) -> tuple[HeadRow, ...]:
         """Rows of one text, of a pair of texts, or of one pair per choice."""
-        return _tokenise(spec, indices, examples, tokenizer, max_length)
+        texts = [texts_of(spec, example) for example in examples]
+        prefix = f"{task_title(spec)}: " if self.protocol.task_prefix else ""
+        ids, segments = self._tokenise(spec, [(f"{prefix}{first}", second) for row in texts for first, second in row])
+        rows, start = [], 0
+        for index, example, row in zip(indices, examples, texts, strict=True):
+            span = slice(start, start := start + len(row))
+            rows.append(
+                HeadRow(
+                    sequences=tuple(map(tuple, ids[span])),
+                    segments=None if segments is None else tuple(map(tuple, segments[span])),
+                    label=float(example.label),
+                    index=index,
+                )
+            )
+        return tuple(rows)
 
-    def training_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    def _tokenise(
+        self, spec: TaskSpec, texts: Sequence[tuple[str, str | None]]
+    ) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Token ids and, if the tokenizer has them, token types of single texts or of pairs."""
+        seconds = [second for _, second in texts]
+        paired = [second is not None for second in seconds]
+        if any(paired) and not all(paired):
+            raise ValueError(
+                f"task {spec.name}: {paired.count(False)} of {len(paired)} rows lack the second text of a pair"
+            )
+        encoded = self.tokenizer(
+            [first for first, _ in texts],
+            seconds if any(paired) else None,
+            truncation=spec.truncate if any(paired) else True,
+            max_length=self.protocol.max_length,
+        )
+        return encoded["input_ids"], encoded.get("token_type_ids")
+
+    def training_batch(self, rows: Sequence[tuple[int, HeadRow]]) -> HeadBatch:
         """Pad rows, given with the position of their task, into one batch."""
-        return collate(rows, specs, pad_token_id)
+        return collate(rows, self.specs, self.tokenizer.pad_token_id)
 
-    def scoring_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    def scoring_batch(self, rows: Sequence[tuple[int, HeadRow]]) -> HeadBatch:
         """The same: the heads answer all at once."""
-        return collate(rows, specs, pad_token_id)
+        return self.training_batch(rows)
 
-    def timing_row(self, ids: tuple[int, ...], *, segments: bool) -> Row:
+    def timing_row(self, tokens: Tokens) -> HeadRow:
         """A row of these tokens.
 
         A multiple-choice row has a single choice here: only so do rows and sequences agree for every list of tasks.
         Its loss is zero, its cost is that of any other sequence.
         """
-        return Row((ids,), ((0,) * len(ids),) if segments else None, 0.0, 0)
+        segments = ((0,) * len(tokens),) if "token_type_ids" in self.tokenizer.model_input_names else None
+        return HeadRow(sequences=(tokens,), segments=segments, label=0.0, index=0)
 
-    def load(
-        self, source: BackboneSource, specs: Sequence[TaskSpec], protocol: Protocol, seed: int, tokenizer: Any
-    ) -> MultiTaskModel:
+    def load(self, source: BackboneSource, seed: int) -> MultiTaskModel:
         """The frozen encoder with fresh heads."""
+        protocol = self.protocol
         encoder = load_backbone(source, "encoder", dropout=protocol.dropout, dtype=protocol.base_dtype)
         names = (protocol.name, seed, "heads")
-        return MultiTaskModel(encoder, specs, hidden=hidden_size(encoder), stream=names)
+        return MultiTaskModel(encoder, self.specs, hidden=hidden_size(encoder), stream=names)
 
 
-class MultiTaskModel(Model):
+class MultiTaskModel(Model[HeadBatch]):
     """Mean-pooled hidden states of the backbone, read by one linear head per task.
 
     Adapters go onto `backbone`; the heads and their initial values are the same for all methods.
@@ -84,7 +108,7 @@ class MultiTaskModel(Model):
             with torch_stream(*stream, spec.name):
                 self.heads[spec.name] = nn.Linear(hidden, head_width(spec))
 
-    def forward(self, batch: Batch) -> list[Tensor]:
+    def forward(self, batch: HeadBatch) -> list[Tensor]:
         """Logits of every group of the batch, in the order of `batch.groups`."""
         hidden = self.backbone(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
         # Pooling and heads in single precision: they are cheap, and scores are compared at their last digits.
@@ -102,7 +126,7 @@ class MultiTaskModel(Model):
             return logits
         return logits.masked_fill(~group.valid, torch.finfo(logits.dtype).min)
 
-    def loss(self, logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    def loss(self, logits: Sequence[Tensor], batch: HeadBatch) -> Tensor:
         """Mean over the rows of the batch.
 
         Cross-entropy over classes or over a row's choices; for regression the binary cross-entropy with the
@@ -116,7 +140,7 @@ class MultiTaskModel(Model):
                 total = total + F.cross_entropy(values, group.labels, reduction="sum")
         return total / batch.rows
 
-    def predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: HeadBatch) -> Tensor:
         """Class, choice or score of every row of a batch of one task."""
         (logits,) = self(batch)
         return self.read(logits, batch.groups[0])
@@ -124,9 +148,10 @@ class MultiTaskModel(Model):
     def read(self, logits: Tensor, group: TaskGroup) -> Tensor:
         """Class, choice or score (in the task's own range) of every row of a group."""
         spec = self.specs[group.task]
+        require_numbers(logits, spec)
         if spec.kind != "regression":
             return logits.argmax(-1)
-        low, high = label_range(spec)
+        low, high = spec.score_range
         return low + (high - low) * logits.sigmoid()
 
 
@@ -144,39 +169,6 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- rows and batches
 
 
-def _tokenise(
-    spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example], tokenizer: Any, max_length: int
-) -> tuple[Row, ...]:
-    texts = [texts_of(spec, example) for example in examples]
-    firsts = [first for row in texts for first, _ in row]
-    seconds = [second for row in texts for _, second in row]
-    paired = [second is not None for second in seconds]
-    if any(paired) and not all(paired):
-        raise ValueError(
-            f"task {spec.name}: {paired.count(False)} of {len(paired)} rows lack the second text of a pair"
-        )
-    encoded = tokenizer(
-        firsts,
-        seconds if any(paired) else None,
-        truncation=spec.truncate if any(paired) else True,
-        max_length=max_length,
-    )
-    ids, segments = encoded["input_ids"], encoded.get("token_type_ids")
-    rows = []
-    start = 0
-    for index, example, row in zip(indices, examples, texts, strict=True):
-        span = slice(start, start := start + len(row))
-        rows.append(
-            Row(
-                sequences=tuple(map(tuple, ids[span])),
-                segments=None if segments is None else tuple(map(tuple, segments[span])),
-                label=float(example.label),
-                index=index,
-            )
-        )
-    return tuple(rows)
-
-
 def texts_of(spec: TaskSpec, example: Example) -> list[tuple[str, str | None]]:
     """The text, or the pair of texts, of every sequence an example becomes."""
     if spec.kind != "multiple_choice":
@@ -187,24 +179,30 @@ def texts_of(spec: TaskSpec, example: Example) -> list[tuple[str, str | None]]:
     return [(stem, choice) for choice in example.choices]
 
 
-def collate(rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+def collate(rows: Sequence[tuple[int, HeadRow]], specs: Sequence[TaskSpec], pad_token_id: int) -> HeadBatch:
     """Pad rows, given with the position of their task, into one batch."""
     ids, mask = padded([ids for _, row in rows for ids in row.sequences], pad_token_id)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if rows[0][1].segments is not None:
         inputs["token_type_ids"], _ = padded([types for _, row in rows for types in row.segments or ()], 0)
-    task_ids = [task for task, row in rows for _ in row.sequences]
-    return Batch(inputs, torch.tensor(task_ids), _groups(rows, specs), len(rows), int(mask.sum()), ids.numel())
+    return HeadBatch(
+        inputs=inputs,
+        task_ids=torch.tensor([task for task, row in rows for _ in row.sequences]),
+        groups=_groups(rows, specs),
+        rows=len(rows),
+        tokens=int(mask.sum()),
+        padded_tokens=ids.numel(),
+    )
 
 
-def _groups(rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec]) -> tuple[TaskGroup, ...]:
+def _groups(rows: Sequence[tuple[int, HeadRow]], specs: Sequence[TaskSpec]) -> tuple[TaskGroup, ...]:
     starts = np.cumsum([0, *(len(row.sequences) for _, row in rows)])
     groups = []
     for task in sorted({task for task, _ in rows}):
         members = [(int(starts[at]), row) for at, (owner, row) in enumerate(rows) if owner == task]
         labels = torch.tensor([row.label for _, row in members])
         if specs[task].kind == "regression":
-            low, high = label_range(specs[task])
+            low, high = specs[task].score_range
             labels = (labels - low) / (high - low)
         else:
             labels = labels.long()
@@ -216,5 +214,5 @@ def _groups(rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec]) -> tuple
             valid = offsets < counts[:, None]
             # Choices a row lacks point at its first one and are masked out of the softmax.
             positions = positions[:, None] + offsets * valid
-        groups.append(TaskGroup(task, positions, valid, labels))
+        groups.append(TaskGroup(task=task, sequences=positions, valid=valid, labels=labels))
     return tuple(groups)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.families.batch import label_range
 from benchmarks.tasks.base import Example, TaskSpec
 
 # Distance of neighbouring scores as text, and how they are written.
@@ -58,7 +57,7 @@ def sections_of(spec: TaskSpec, example: Example) -> tuple[Section, ...]:
         return _question(example)
     if example.second is None:
         return (Section("sentence", example.first, True),)
-    captions = _CAPTIONS.get(base_name(spec), _PAIR)
+    captions = _CAPTIONS.get(task_title(spec), _PAIR)
     return tuple(Section(caption, getattr(example, part), True) for caption, part in captions)
 
 
@@ -72,15 +71,15 @@ def text_to_text(name: str, sections: Sequence[Section]) -> str:
     return " ".join((name, *(f"{section.caption}: {section.text}" for section in sections)))
 
 
-def to_be_continued(name: str, sections: Sequence[Section]) -> str:
-    """One line per part, and the cue. The task is named where the parts would not tell it."""
-    named = {section.caption for section in sections} & {"question", "passage", "choices"}
-    head = () if named else (f"Task: {name}",)
+def to_be_continued(name: str, sections: Sequence[Section], *, titled: bool = False) -> str:
+    """One line per part, and the cue. The task is named where the parts would not tell it, or always if `titled`."""
+    told = {section.caption for section in sections} & {"question", "passage", "choices"}
+    head = (f"Task: {name}",) if titled or not told else ()
     lines = (f"{section.caption.capitalize()}: {section.text}" for section in sections)
     return "\n".join((*head, *lines, ANSWER_CUE))
 
 
-def base_name(spec: TaskSpec) -> str:
+def task_title(spec: TaskSpec) -> str:
     """The name of the task, or of the one that a generated task follows."""
     return spec.name.removeprefix("q_")
 
@@ -99,10 +98,10 @@ def gold_of(spec: TaskSpec, label: float) -> int:
     """Position of the right answer among them; of a score, of the nearest one of the grid."""
     if spec.kind != "regression":
         return int(label)
-    return round((label - label_range(spec)[0]) / GRID_STEP)
+    return round((label - spec.score_range[0]) / GRID_STEP)
 
 
 def grid(spec: TaskSpec) -> tuple[float, ...]:
     """The scores of a regression task that have a text: ``0.0, 0.2, ..., 5.0``."""
-    low, high = label_range(spec)
+    low, high = spec.score_range
     return tuple(round(low + at * GRID_STEP, 1) for at in range(round((high - low) / GRID_STEP) + 1))

@@ -10,89 +10,77 @@ import torch
 from torch import Tensor
 
 from benchmarks.backbones.load import BackboneSource, load_backbone
-from benchmarks.families.batch import Batch, Row
-from benchmarks.families.prompts import text_to_text
+from benchmarks.families.batch import TextBatch, TextRow, Tokens
+from benchmarks.families.prompts import Section, text_to_text
 from benchmarks.families.text import (
     IGNORED,
     TIMED_ANSWER,
+    TextFamily,
     TextModel,
-    Tokens,
-    encode_rows,
     log_probabilities,
     most_candidates,
     prompts_and_answers,
 )
 from benchmarks.protocols.errors import UsageError
-from benchmarks.protocols.protocol import Protocol, Scoring
-from benchmarks.tasks.base import Example, TaskSpec
 
 
 @dataclass(frozen=True)
-class Seq2Seq:
-    """The family of encoder-decoder models; see `benchmarks.families.base.Family`.
+class Seq2Seq(TextFamily):
+    """The family of encoder-decoder models."""
 
-    Attributes:
-        scoring: how an answer is chosen.
-    """
+    def prompt(self, name: str, sections: Sequence[Section]) -> str:
+        """``rte sentence1: ... sentence2: ...``: the prompt of every task begins with the task's name."""
+        return text_to_text(name, sections)
 
-    scoring: Scoring = "likelihood"
-    has_heads = False
+    def prompt_ids(self, texts: list[str]) -> list[list[int]]:
+        """With the end that the encoder expects."""
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=True)["input_ids"]
+        return ids
 
-    def encode(
-        self, spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example], tokenizer: Any, max_length: int
-    ) -> tuple[Row, ...]:
-        """Rows of one prompt of at most `max_length` tokens; answers are never cut."""
+    def answer_ids(self, text: str) -> Tokens:
+        """What the decoder is to say."""
+        ids = tuple(self.tokenizer(text_target=text)["input_ids"])
+        if self.tokenizer.eos_token_id is None or ids[-1:] != (self.tokenizer.eos_token_id,):
+            raise UsageError("the tokenizer puts no end-of-text token after an answer: generation could not stop")
+        return ids
 
-        def prompt_ids(texts: list[str]) -> list[list[int]]:
-            ids: list[list[int]] = tokenizer(texts, add_special_tokens=True)["input_ids"]
-            return ids
+    def room(self, answers: Sequence[Tokens]) -> int:
+        """Answers stand in a sequence of their own."""
+        return self.protocol.max_length
 
-        def answer_ids(text: str) -> Tokens:
-            ids = tuple(tokenizer(text_target=text)["input_ids"])
-            if tokenizer.eos_token_id is None or ids[-1:] != (tokenizer.eos_token_id,):
-                raise UsageError("the tokenizer puts no end-of-text token after an answer: generation could not stop")
-            return ids
-
-        return encode_rows(
-            spec,
-            indices,
-            examples,
-            render=text_to_text,
-            prompt_ids=prompt_ids,
-            answer_ids=answer_ids,
-            room=lambda _: max_length,
-            tokenizer=tokenizer,
-        )
-
-    def training_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    def training_batch(self, rows: Sequence[tuple[int, TextRow]]) -> TextBatch:
         """Prompts, and their right answers."""
-        return _collate(rows, pad_token_id, None)
+        return self._collate(rows, None)
 
-    def scoring_batch(self, rows: Sequence[tuple[int, Row]], specs: Sequence[TaskSpec], pad_token_id: int) -> Batch:
+    def scoring_batch(self, rows: Sequence[tuple[int, TextRow]]) -> TextBatch:
         """Prompts, and all candidates."""
-        return _collate(rows, pad_token_id, most_candidates(rows))
+        return self._collate(rows, most_candidates(rows))
 
-    def timing_row(self, ids: tuple[int, ...], *, segments: bool) -> Row:
+    def _collate(self, rows: Sequence[tuple[int, TextRow]], candidates: int | None) -> TextBatch:
+        batch = prompts_and_answers(rows, self.tokenizer.pad_token_id, candidates)
+        # The decoder reads the answers: they are tokens of the batch as well.
+        said = int((batch.labels != IGNORED).sum())
+        return replace(batch, tokens=batch.tokens + said, padded_tokens=batch.padded_tokens + batch.labels.numel())
+
+    def timing_row(self, tokens: Tokens) -> TextRow:
         """A prompt of these tokens, and the last few of them once more as the answer."""
-        return Row((ids,), None, 0.0, 0, (ids[-TIMED_ANSWER:],))
+        return TextRow(prompt=tokens, answers=(tokens[-TIMED_ANSWER:],), gold=0, label=0.0, index=0)
 
-    def load(
-        self, source: BackboneSource, specs: Sequence[TaskSpec], protocol: Protocol, seed: int, tokenizer: Any
-    ) -> TextModel:
+    def load(self, source: BackboneSource, seed: int) -> TextModel:
         """The frozen model."""
+        protocol = self.protocol
         backbone = load_backbone(source, "seq2seq", dropout=protocol.dropout, dtype=protocol.base_dtype)
-        return Seq2SeqModel(backbone, specs, self.scoring, tokenizer)
+        return Seq2SeqModel(backbone, self.specs, protocol.scoring, self.tokenizer)
 
 
 class Seq2SeqModel(TextModel):
     """Scores candidates one after the other; the encoder runs once for all of them."""
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: TextBatch) -> Tensor:
         """Log-probability of every candidate: (rows, candidates)."""
-        assert batch.answers is not None
         call: dict[str, Any] = {**batch.inputs, **self.routing(batch.task_ids)}
         columns = []
-        for labels in batch.answers.labels:
+        for labels in batch.labels:
             output = self.backbone(
                 **call,
                 decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),  # type: ignore[operator]
@@ -104,12 +92,3 @@ class Seq2SeqModel(TextModel):
             call.pop("input_ids", None)
             call["encoder_outputs"] = (output.encoder_last_hidden_state,)
         return torch.stack(columns, dim=1)
-
-
-def _collate(rows: Sequence[tuple[int, Row]], pad_token_id: int, candidates: int | None) -> Batch:
-    batch = prompts_and_answers(rows, pad_token_id, candidates)
-    assert batch.answers is not None
-    labels = batch.answers.labels
-    # The decoder reads the answers: they are tokens of the batch as well.
-    said = int((labels != IGNORED).sum())
-    return replace(batch, tokens=batch.tokens + said, padded_tokens=batch.padded_tokens + labels.numel())

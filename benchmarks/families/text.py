@@ -7,16 +7,17 @@ another one, and their probabilities are those of saying this and nothing more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families.base import UNREADABLE, Model
-from benchmarks.families.batch import Answers, Batch, Row, padded
-from benchmarks.families.prompts import Render, Section, answers_of, base_name, gold_of, grid, sections_of
+from benchmarks.families.base import UNREADABLE, Family, Model, require_numbers
+from benchmarks.families.batch import TextBatch, TextRow, Tokens, padded
+from benchmarks.families.prompts import Section, answers_of, gold_of, grid, sections_of, task_title
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Scoring
 from benchmarks.tasks.base import Example, TaskSpec
@@ -25,60 +26,70 @@ IGNORED = -100
 # Of the sequence of a timed row, the last tokens are its answer: label words have one to six.
 TIMED_ANSWER = 4
 
-Tokens = tuple[int, ...]
-
 
 # ---------------------------------------------------------------------- rows
 
 
-def encode_rows(  # noqa: PLR0913 - everything a row is made of
-    spec: TaskSpec,
-    indices: Sequence[int],
-    examples: Sequence[Example],
-    *,
-    render: Render,
-    prompt_ids: Callable[[list[str]], list[list[int]]],
-    answer_ids: Callable[[str], Tokens],
-    room: Callable[[Sequence[Tokens]], int],
-    tokenizer: Any,
-) -> tuple[Row, ...]:
-    """Tokenise examples.
+class TextFamily(Family[TextRow, TextBatch]):
+    """A family whose answers are text. A subclass says how prompts and answers become tokens."""
 
-    Args:
-        spec: the task.
-        indices: their positions in the split.
-        examples: to be tokenised.
-        render: makes a prompt of the task's name and the example's parts.
-        prompt_ids: tokenises prompts.
-        answer_ids: tokenises an answer.
-        room: the tokens a prompt may have beside these candidates.
-        tokenizer: for cutting texts.
+    has_heads = False
 
-    Raises:
-        UsageError: a prompt is too long although its passage is gone.
-    """
-    name = base_name(spec)
-    parts = [sections_of(spec, example) for example in examples]
-    encoded = prompt_ids([render(name, sections) for sections in parts])
-    known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
-    rows = []
-    for index, example, sections, whole in zip(indices, examples, parts, encoded, strict=True):
-        texts = answers_of(spec, example)
-        if texts not in known:
-            known[texts] = tuple(map(answer_ids, texts))
-        answers = known[texts]
-        limit, ids, left = room(answers), whole, sections
+    @abstractmethod
+    def prompt(self, name: str, sections: Sequence[Section]) -> str:
+        """The prompt, from the task's name and the example's parts."""
+
+    @abstractmethod
+    def prompt_ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of prompts."""
+
+    @abstractmethod
+    def answer_ids(self, text: str) -> Tokens:
+        """The tokens of an answer and its end."""
+
+    @abstractmethod
+    def room(self, answers: Sequence[Tokens]) -> int:
+        """The tokens that a prompt may have beside these candidates."""
+
+    def encode(self, spec: TaskSpec, indices: Sequence[int], examples: Sequence[Example]) -> tuple[TextRow, ...]:
+        """Rows of one prompt and its candidate answers, which are never cut.
+
+        Raises:
+            UsageError: a prompt is too long although its passage is gone.
+        """
+        name = task_title(spec)
+        parts = [sections_of(spec, example) for example in examples]
+        encoded = self.prompt_ids([self.prompt(name, sections) for sections in parts])
+        known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
+        rows = []
+        for index, example, sections, ids in zip(indices, examples, parts, encoded, strict=True):
+            texts = answers_of(spec, example)
+            if texts not in known:
+                known[texts] = tuple(map(self.answer_ids, texts))
+            answers = known[texts]
+            rows.append(
+                TextRow(
+                    prompt=self._fit(spec, index, sections, ids, self.room(answers)),
+                    answers=answers,
+                    gold=gold_of(spec, example.label),
+                    label=float(example.label),
+                    index=index,
+                )
+            )
+        return tuple(rows)
+
+    def _fit(self, spec: TaskSpec, index: int, sections: tuple[Section, ...], ids: list[int], limit: int) -> Tokens:
+        """The tokens of a prompt, shortened until the limit is kept."""
         while len(ids) > limit:
-            shorter = _shortened(left, len(ids) - limit, tokenizer)
+            shorter = _shortened(sections, len(ids) - limit, self.tokenizer)
             if shorter is None:
                 raise UsageError(
                     f"task {spec.name}, row {index}: {len(ids)} tokens without what may be cut, and max_length "
                     f"leaves {limit} for them: raise max_length"
                 )
-            left = shorter
-            (ids,) = prompt_ids([render(name, left)])
-        rows.append(Row((tuple(ids),), None, float(example.label), index, answers, gold_of(spec, example.label)))
-    return tuple(rows)
+            sections = shorter
+            (ids,) = self.prompt_ids([self.prompt(task_title(spec), sections)])
+        return tuple(ids)
 
 
 def _shortened(sections: tuple[Section, ...], excess: int, tokenizer: Any) -> tuple[Section, ...] | None:
@@ -106,7 +117,7 @@ def _shortened(sections: tuple[Section, ...], excess: int, tokenizer: Any) -> tu
 # ---------------------------------------------------------------------- answers
 
 
-def label_table(rows: Sequence[Row], candidates: int | None) -> tuple[list[list[Tokens]], Tensor]:
+def label_table(rows: Sequence[TextRow], candidates: int | None) -> tuple[list[list[Tokens]], Tensor]:
     """The answers to be computed, candidate by candidate, and which of them exist.
 
     Args:
@@ -118,35 +129,37 @@ def label_table(rows: Sequence[Row], candidates: int | None) -> tuple[list[list[
         that exist, of shape (rows, candidates).
     """
     if candidates is None:
-        return [[row.right_answer[0] for row in rows]], torch.ones(len(rows), 1, dtype=torch.bool)
+        return [[row.right_answer for row in rows]], torch.ones(len(rows), 1, dtype=torch.bool)
     table = [[row.answers[at if at < len(row.answers) else 0] for row in rows] for at in range(candidates)]
     counts = torch.tensor([len(row.answers) for row in rows])
     return table, torch.arange(candidates) < counts[:, None]
 
 
 def prompts_and_answers(
-    rows: Sequence[tuple[int, Row]],
+    rows: Sequence[tuple[int, TextRow]],
     pad_token_id: int,
     candidates: int | None,
     *,
     side: Literal["right", "left"] = "right",
-) -> Batch:
+) -> TextBatch:
     """Prompts as inputs, and apart from them the answers, (candidates, rows, tokens); tokens count the prompts'."""
-    ids, mask = padded([row.sequences[0] for _, row in rows], pad_token_id, side=side)
+    ids, mask = padded([row.prompt for _, row in rows], pad_token_id, side=side)
     table, valid = label_table([row for _, row in rows], candidates)
     flat, _ = padded([tokens for column in table for tokens in column], IGNORED, multiple=1)
-    return Batch(
+    tasks = torch.tensor([task for task, _ in rows])
+    return TextBatch(
         inputs={"input_ids": ids, "attention_mask": mask},
-        task_ids=torch.tensor([task for task, _ in rows]),
-        groups=(),
+        task_ids=tasks,
         rows=len(rows),
         tokens=int(mask.sum()),
         padded_tokens=ids.numel(),
-        answers=Answers(flat.reshape(len(table), len(rows), -1), valid, task=rows[0][0]),
+        labels=flat.reshape(len(table), len(rows), -1),
+        valid=valid,
+        tasks=tasks,
     )
 
 
-def most_candidates(rows: Sequence[tuple[int, Row]]) -> int:
+def most_candidates(rows: Sequence[tuple[int, TextRow]]) -> int:
     """Candidates of the row that has most."""
     return max(len(row.answers) for _, row in rows)
 
@@ -158,7 +171,7 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return chosen.where(said, 0.0).sum(-1)
 
 
-class TextModel(Model):
+class TextModel(Model[TextBatch]):
     """A language model whose answers are chosen by likelihood, or generated."""
 
     def __init__(self, backbone: nn.Module, specs: Sequence[TaskSpec], scoring: Scoring, tokenizer: Any) -> None:
@@ -166,58 +179,63 @@ class TextModel(Model):
         self.scoring = scoring
         self.tokenizer = tokenizer
 
-    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def loss(self, outputs: Tensor, batch: TextBatch) -> Tensor:
         """Mean cross-entropy of the answers' tokens, over all tokens of the batch, as transformers has it."""
-        return -outputs.sum() / (_answers(batch).labels != IGNORED).sum()
+        return -outputs.sum() / (batch.labels != IGNORED).sum()
 
-    def predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: TextBatch) -> Tensor:
         """Class, choice or score of every row.
 
         A generated text that is none of the candidates, no number or out of range is `UNREADABLE`.
         """
-        spec = self.specs[_answers(batch).task]
+        spec = self.specs[int(batch.tasks[0])]
         if self.scoring == "generate":
             return self._generated(batch, spec)
         found: Tensor = self(batch)
         if self.scoring == "likelihood_per_token":
             found = found / self.answer_lengths(batch)
-        best = found.masked_fill(~_answers(batch).valid, -torch.inf).argmax(-1)
+        require_numbers(found.masked_fill(~batch.valid, 0.0), spec)
+        best = found.masked_fill(~batch.valid, -torch.inf).argmax(-1)
         if spec.kind != "regression":
             return best
         return torch.tensor(grid(spec), dtype=torch.float64, device=best.device)[best]
 
-    def answer_lengths(self, batch: Batch) -> Tensor:
+    def answer_lengths(self, batch: TextBatch) -> Tensor:
         """Tokens of every candidate: (rows, candidates)."""
-        rows, candidates = _answers(batch).valid.shape
-        lengths = (_answers(batch).labels != IGNORED).sum(-1)
+        rows, candidates = batch.valid.shape
+        lengths = (batch.labels != IGNORED).sum(-1)
         return lengths.reshape(candidates, rows).T
 
-    def _generated(self, batch: Batch, spec: TaskSpec) -> Tensor:
-        answers = _answers(batch)
+    def _generated(self, batch: TextBatch, spec: TaskSpec) -> Tensor:
         routed: AbstractContextManager[None] = (
             nullcontext() if self.attachment is None else self.attachment.route(task_ids=batch.task_ids)
         )
         with routed:
-            tokens = self.backbone.generate(  # type: ignore[operator]
+            generated = self.backbone.generate(  # type: ignore[operator]
                 **batch.inputs,
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=answers.labels.shape[-1],
+                max_new_tokens=batch.labels.shape[-1],
                 pad_token_id=self.tokenizer.pad_token_id,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
+        # Greedy decoding takes the highest logit; of those that are no numbers it would be the first.
+        require_numbers(torch.stack(generated.logits).amax(-1).T, spec)
+        tokens = generated.sequences
         if not self.backbone.config.is_encoder_decoder:  # type: ignore[union-attr]
             tokens = tokens[:, batch.inputs["input_ids"].shape[1] :]
         said = self._read(tokens)
         if spec.kind == "regression":
             return torch.tensor([_as_score(text, grid(spec)) for text in said], dtype=torch.float64)
         candidates = [
-            self._read(labels.where(labels != IGNORED, self.tokenizer.pad_token_id)) for labels in answers.labels
+            self._read(labels.where(labels != IGNORED, self.tokenizer.pad_token_id)) for labels in batch.labels
         ]
         columns = list(zip(*candidates, strict=True))
         return torch.tensor(
             [
                 float(texts[: int(valid)].index(text)) if text in texts[: int(valid)] else UNREADABLE
-                for text, texts, valid in zip(said, columns, answers.valid.sum(1), strict=True)
+                for text, texts, valid in zip(said, columns, batch.valid.sum(1), strict=True)
             ]
         )
 
@@ -232,8 +250,3 @@ def _as_score(text: str, scores: Sequence[float]) -> float:
     except ValueError:
         return UNREADABLE
     return value if scores[0] <= value <= scores[-1] else UNREADABLE
-
-
-def _answers(batch: Batch) -> Answers:
-    assert batch.answers is not None
-    return batch.answers

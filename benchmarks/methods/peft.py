@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.methods.base import Method, Refused
 from moepeft.bridges.peft_checkpoints import fan_in_fan_out, import_peft, target_modules
 from moepeft.counting import ParameterCount
 from moepeft.errors import AlreadyAttached, UnknownMethod, Unsupported, did_you_mean
@@ -37,29 +38,42 @@ SPEC_PREFIX = "peft:"
 
 
 @dataclass(frozen=True)
-class PeftBaseline:
+class PeftMethod(Method):
     """A method of the `peft` package, with the options of its configuration class.
 
     Attributes:
-        name: without prefix, e.g. ``dora``.
+        kind: its name without the prefix, e.g. ``dora``.
         options: over the defaults of `peft`.
     """
 
-    name: str
+    kind: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in BASELINES:
-            raise UnknownMethod(f"no method {self.name!r} of peft runs here.{did_you_mean(self.name, BASELINES)}")
+        if self.kind not in BASELINES:
+            raise UnknownMethod(f"no method {self.kind!r} of peft runs here.{did_you_mean(self.kind, BASELINES)}")
 
     @classmethod
-    def parse(cls, spec: str) -> PeftBaseline:
+    def parse(cls, spec: str) -> PeftMethod:
         """From what one writes on a command line: ``peft:dora``."""
         return cls(spec.removeprefix(SPEC_PREFIX))
 
-    def attach(self, model: nn.Module, sites: SitePattern | None = None) -> PeftAttachment:
+    @property
+    def name(self) -> str:
+        """As written on the command line."""
+        return f"{SPEC_PREFIX}{self.kind}"
+
+    def config(self) -> dict[str, Any]:
+        """The options over peft's defaults."""
+        return {"name": self.kind, "options": dict(self.options)}
+
+    def attach(self, backbone: nn.Module, sites: SitePattern | None = None) -> PeftAttachment:
         """Put it onto a bare model; see `attach_peft`."""
-        return attach_peft(model, self.name, sites=sites, **self.options)
+        return attach_peft(backbone, self.kind, sites=sites, **self.options)
+
+    def size_for(self, target: int, sites: Sequence[LinearSite]) -> Method:
+        """No size is chosen here."""
+        return Refused(self, "its size is known in no closed form, and is not chosen here")
 
 
 class PeftAttachment:
@@ -68,9 +82,9 @@ class PeftAttachment:
     The model is still called as itself; its adapted layers were replaced in place.
     """
 
-    def __init__(self, baseline: PeftBaseline, model: nn.Module, sites: Sequence[LinearSite], config: Any) -> None:
+    def __init__(self, method: PeftMethod, model: nn.Module, sites: Sequence[LinearSite], config: Any) -> None:
         """Replace the layers; `attach_peft` checks what goes in here."""
-        self.baseline, self.model, self.sites = baseline, model, tuple(sites)
+        self.method, self.model, self.sites = method, model, tuple(sites)
         self._trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._base = sum(parameter.numel() for parameter in model.parameters())
         own_layers = {site.name: model.get_submodule(site.name) for site in sites}
@@ -131,7 +145,7 @@ class PeftAttachment:
         """A few lines for a person."""
         count = self.parameter_count()
         return (
-            f"{SPEC_PREFIX}{self.baseline.name} {dict(self.baseline.options)}\n{count.sites} sites\n"
+            f"{self.method.name} {dict(self.method.options)}\n{count.sites} sites\n"
             f"{count.total:,} trainable parameters; "
             f"{count.total / max(count.base, 1):.2%} of {count.base:,} frozen ones"
         )
@@ -166,7 +180,7 @@ def attach_peft(model: nn.Module, name: str, *, sites: SitePattern | None = None
         Unsupported: `peft` does not take these options, or cannot adapt these layers.
     """
     peft = import_peft()
-    baseline = PeftBaseline(name, options)
+    method = PeftMethod(name, options)
     if hasattr(model, "peft_config") or any(hasattr(module, SLOT) for module in model.modules()):
         raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
     chosen = select_sites(find_sites(model), sites)
@@ -179,7 +193,7 @@ def attach_peft(model: nn.Module, name: str, *, sites: SitePattern | None = None
     if "feedforward_modules" in known:  # scaled at their input, so that it is the inner activation that is scaled
         computed["feedforward_modules"] = target_modules(model, [site for site in chosen if site.role == "down"])
     try:
-        return PeftAttachment(baseline, model, chosen, config_class(**{**computed, **fixed, **options}))
+        return PeftAttachment(method, model, chosen, config_class(**{**computed, **fixed, **options}))
     except (TypeError, ValueError) as error:
         raise Unsupported(f"peft cannot put {name} onto this {type(model).__name__}: {error}") from error
 

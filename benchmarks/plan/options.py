@@ -6,14 +6,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite, load_suite
-
-# torch is imported where it is needed: `--help` and wrong flags answer at once.
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Options:
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML."""
     tasks: str | None = None
-    """Comma-separated tasks instead of the suite's own."""
+    """Comma-separated tasks instead of the suite's own: names, or TOML files that describe own data."""
     data_dir: Path | None = None
     """Folder with the real data as parquet files; without it they come from the hub."""
     backbone: str | None = None
@@ -57,6 +53,8 @@ class Options:
     """Score at most this many rows per task, a seeded subset that is the same for all methods."""
     evaluate_on: Literal["reported", "fold"] | None = None
     """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
+    task_prefix: bool = False
+    """Begin every text with its task's name: a control that tells the task to methods without task embeddings."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; no part of a cell's identity."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -99,6 +97,7 @@ def resolve_suite(options: Options) -> Suite:
         target_parameters=options.target_parameters,
         eval_rows=options.eval_rows,
         evaluate_on=options.evaluate_on,
+        task_prefix=options.task_prefix or None,
         precision=options.precision,
     )
 
@@ -113,14 +112,15 @@ def _task_names(text: str) -> tuple[str, ...]:
 
 
 def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
-    from benchmarks.tasks import TASKS
+    from benchmarks.tasks import TASKS, is_task_file
     from moepeft.errors import did_you_mean
 
     for name in names:
-        if name not in TASKS:
+        if name not in TASKS and not is_task_file(name):
             raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
     # One order for all ways of writing the same list: the order is part of what a result depends on.
-    return tuple(sorted(names, key=list(TASKS).index))
+    known = list(TASKS)
+    return tuple(sorted(names, key=lambda name: (known.index(name) if name in TASKS else len(known), name)))
 
 
 def _seeds(text: str | None) -> tuple[int, ...] | None:
@@ -157,26 +157,3 @@ def launched_shard() -> str | None:
     """The shard of a process that torchrun or ``accelerate launch`` started beside others; None without them."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return f"{os.environ['RANK']}/{processes}" if processes > 1 else None
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device to run on; `auto` takes the accelerator if there is one: of several, launched processes take turns."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; leave the flag out to run on the CPU")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` takes bf16 where it is native, and fp32 where it would be emulated."""
-    if name != "auto":
-        return name
-    import torch
-
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

@@ -6,57 +6,43 @@ a folder of their own and never run twice. The reported cells carry the rate in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from benchmarks.plan.cells import HEADS_ONLY, Method, PlannedCell, expand, trains
-from benchmarks.protocols.protocol import Protocol, Suite
+from benchmarks.methods.base import Method
+from benchmarks.plan.cells import PlannedCell, expand
+from benchmarks.protocols.protocol import Suite
 from benchmarks.records.schema import RunRecord, Tuning
 from benchmarks.records.store import Store
 from benchmarks.records.trials import read_trials
 from benchmarks.tasks.base import TaskData
 
 
-def at_rate(protocol: Protocol, method: str, rate: float) -> Protocol:
-    """The protocol of a method at a rate: that of its adapters or, where nothing else trains, of the heads."""
-    heads = {"head_learning_rate": rate} if method == HEADS_ONLY else {}
-    return protocol.with_overrides(learning_rate=rate, **heads)
-
-
-def trial_cells(
-    suite: Suite,
-    methods: Mapping[str, Method],
-    data: Sequence[TaskData],
-    refusals: Mapping[str, str] | None = None,
-) -> list[PlannedCell]:
-    """Every trial, method by method: each that trains, and can be run as asked, at each rate."""
+def trial_cells(suite: Suite, methods: Collection[Method], data: Sequence[TaskData]) -> list[PlannedCell]:
+    """Every trial, method by method: each that trains, at each rate."""
     trial = suite.protocol.with_overrides(evaluate_on="fold", steps=suite.tuning_steps)
     return [
         planned
-        for name, factory in methods.items()
-        if trains(name) and name not in (refusals or {})
+        for method in methods
+        if method.trains
         for rate in sorted(suite.tuning_rates)
-        for planned in expand(at_rate(trial, name, rate), {name: factory}, data, (suite.tuning_seed,), trial=True)
+        for planned in expand(method.at_rate(trial, rate), (method,), data, (suite.tuning_seed,), trial=True)
     ]
 
 
 def tuned_cells(
-    suite: Suite,
-    methods: Mapping[str, Method],
-    data: Sequence[TaskData],
-    rates: Mapping[str, float],
-    refusals: Mapping[str, str] | None = None,
+    suite: Suite, methods: Collection[Method], data: Sequence[TaskData], rates: Mapping[str, float]
 ) -> list[PlannedCell]:
     """The reported cells, seed by seed, every method at its own rate of `rates`."""
+    protocol = suite.protocol
     cells = [
         planned
-        for name, factory in methods.items()
+        for method in methods
         for planned in expand(
-            at_rate(suite.protocol, name, rates[name]) if name in rates else suite.protocol,
-            {name: factory},
+            method.at_rate(protocol, rates[method.name]) if method.name in rates else protocol,
+            (method,),
             data,
             suite.seeds,
             tuned=how_tuned(suite),
-            refusals=refusals,
         )
     ]
     return sorted(cells, key=lambda planned: suite.seeds.index(planned.cell.seed))

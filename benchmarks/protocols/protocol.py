@@ -57,6 +57,9 @@ class Protocol(_Frozen):
         default="encoder",
         description="encoder: pooled states and a head per task; seq2seq and causal: answers as text, no heads",
     )
+    task_prefix: bool = Field(
+        default=False, description="whether every text begins with its task's name, so that it tells the task"
+    )
     scoring: Scoring = Field(
         default="likelihood",
         description="of text answers: log-probability of every candidate, in all or per token, or greedy decoding",
@@ -113,6 +116,12 @@ class Protocol(_Frozen):
             twice = sorted({str(value) for value in values if values.count(value) > 1}) if _is_list(values) else []
             if twice:
                 raise ValueError(f"{field} lists {', '.join(twice)} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_that_changes_something(self) -> Self:
+        if self.task_prefix and self.family == "seq2seq":
+            raise ValueError("task_prefix changes nothing with family = seq2seq, whose prompts name their task already")
         return self
 
     @model_validator(mode="after")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.protocols.protocol import Protocol
-from benchmarks.records.identity import comparable, own_rates
+from benchmarks.records.identity import Baseline, comparable, own_rates
 from benchmarks.records.schema import Cell, RunRecord, Tuning
 
-BASELINES = ("majority", "head", "bare")
+BASELINES = tuple(Baseline)
 """Rows that adapt nothing; they open every table."""
 
 
@@ -123,7 +123,7 @@ def find_row(group: Group, cell: Cell) -> MethodRuns | None:
 
 def baseline_rank(method: str) -> int:
     """Position of a baseline among the baselines; all other methods come after them."""
-    return BASELINES.index(method) if method in BASELINES else len(BASELINES)
+    return BASELINES.index(Baseline(method)) if method in BASELINES else len(BASELINES)
 
 
 def _split(records: Iterable[RunRecord], content: Callable[[RunRecord], Any]) -> dict[str, list[RunRecord]]:

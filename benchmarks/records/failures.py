@@ -16,7 +16,7 @@ _REASON_LENGTH = 500
 
 
 class Diverged(RuntimeError):
-    """A loss or a gradient is no longer finite."""
+    """A loss, a gradient or an answer is not finite."""
 
 
 def status_of(error: Exception) -> Status:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from enum import StrEnum
 from typing import Any
 
 from benchmarks.records.schema import Cell, RunRecord
+
+
+class Baseline(StrEnum):
+    """Methods that adapt nothing, in the order in which they open every table."""
+
+    MAJORITY = "majority"
+    HEAD = "head"
+    BARE = "bare"
+
 
 _RATES = frozenset({"learning_rate", "head_learning_rate"})
 # What a cell has of its own within a table.

@@ -40,6 +40,8 @@ def _protocol_line(group: Group) -> str:
         parts.append(f"trained on at most {protocol.train_rows:,} rows per task")
     if protocol.eval_rows is not None:
         parts.append(f"scored on at most {protocol.eval_rows:,} rows per task")
+    if protocol.task_prefix:
+        parts.append("every text begins with its task's name")
     if protocol.evaluate_on == "fold":
         parts.append("scored on rows cut from train, not on the reported ones")
     if protocol.track != "as-published":

@@ -49,8 +49,8 @@ def _main(options: Options, command: str) -> int:
     import torch
     import transformers
 
+    from benchmarks.backbones.device import resolve_device
     from benchmarks.instruments.processor import prepare_device
-    from benchmarks.plan.options import resolve_device
     from benchmarks.records.provenance import gather
     from benchmarks.speed.contestants import enter
     from benchmarks.speed.hosts import build_host

@@ -1,4 +1,4 @@
-"""All tasks by name, and the suites they form."""
+"""All tasks by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .own import is_task_file, load_own
 from .quick import QUICK_TASKS, load_quick
 
 __all__ = [
-    "SUITES",
     "TASKS",
     "DataUnavailable",
     "Example",
@@ -22,6 +21,7 @@ __all__ = [
     "TaskData",
     "TaskSpec",
     "UnknownTask",
+    "is_task_file",
     "load_task",
 ]
 
@@ -29,13 +29,6 @@ _QUICK: dict[str, TaskSpec] = {spec.name: spec for spec in QUICK_TASKS}
 
 # Every task that `load_task` knows.
 TASKS: dict[str, TaskSpec] = {**_QUICK, **GLUE_TASKS, **COMMONSENSE_TASKS}
-
-# What a suite runs unless tasks are named.
-SUITES: dict[str, tuple[str, ...]] = {
-    "quick": tuple(_QUICK),
-    "glue": tuple(GLUE_TASKS),
-    "commonsense": ("boolq", "openbookqa", "arc_easy", "arc_challenge"),
-}
 
 
 def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:

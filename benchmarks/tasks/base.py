@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 Kind = Literal["classification", "regression", "multiple_choice"]
 Split = Literal["train", "validation"]
@@ -47,6 +47,19 @@ class TaskSpec:
     truncate: Literal["longest_first", "only_second"] = "longest_first"
     label_range: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind == "regression" and (self.label_range is None or self.label_range[0] >= self.label_range[1]):
+            raise ValueError(
+                f"task {self.name}: regression needs a label_range such as (0.0, 5.0), got {self.label_range}"
+            )
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """Lowest and highest score; raises `ValueError` where there are no scores."""
+        if self.label_range is None:
+            raise ValueError(f"task {self.name}: a {self.kind} task has no scores")
+        return self.label_range
+
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
@@ -65,11 +78,3 @@ class TaskData:
     validation: Sequence[Example]
     source: str
     fingerprint: str
-
-
-class TaskLoader(Protocol):
-    """Loads one task; raises `benchmarks.tasks.DataUnavailable` with the way out when it cannot."""
-
-    def __call__(self, name: str) -> TaskData:
-        """The task of that name."""
-        ...

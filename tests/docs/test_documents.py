@@ -172,11 +172,11 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
 
 def check_run(options: Any) -> None:
     from benchmarks import run
-    from benchmarks.plan import cells as planning
+    from benchmarks.methods.parse import parse_methods
 
     suite = options.suite if Path(options.suite).suffix != ".toml" else "quick"
     protocol = run.resolve_suite(dataclasses.replace(options, data_dir=None, suite=suite))
-    planning.parse_methods(options.methods, num_tasks=len(protocol.tasks))
+    parse_methods(options.methods, num_tasks=len(protocol.tasks))
 
 
 def test_a_wrong_command_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,26 +1,31 @@
-"""From examples to batches and their loss: held to hand-worked cases, to scipy and to real rows."""
+"""From examples to batches and their loss: held to hand-worked cases and to scipy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from benchmarks.backbones.load import find_backbone, hidden_size, load_encoder, load_tokenizer
+from benchmarks.backbones.load import find_backbone, hidden_size, load_backbone, load_tokenizer
+from benchmarks.cells.data import TokenisedTask, chosen_rows
+from benchmarks.cells.data import tokenise_task as tokenise
+from benchmarks.cells.evaluate import evaluate_model
+from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.order import sorted_within_windows, training_order
 from benchmarks.cells.train import one_ahead, training_batches
-from benchmarks.families.batch import Ledger, Row, TokenisedTask, chosen_rows, tokenise_task
+from benchmarks.families import family_of
+from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import MultiTaskModel, collate, mean_pool, texts_of
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream, torch_stream
+from benchmarks.records.failures import Diverged
+from benchmarks.tasks import TASKS, load_task
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
-
-REAL_DATA = Path(__file__).resolve().parents[3] / "../shared/data"
 
 CLASSES = TaskSpec("classes", "classification", ("no", "yes"), "accuracy")
 SCORES = TaskSpec("scores", "regression", (), "pearson_spearman", label_range=(1.0, 5.0))
@@ -34,6 +39,15 @@ CPU = torch.device("cpu")
 
 def protocol(**fields: object) -> Protocol:
     return Protocol.model_validate({"name": "test", "tasks": ("classes",), "steps": 4, "precision": "fp32", **fields})
+
+
+def tokenise_task(data: TaskData, tokenizer: Any, used: Protocol) -> TokenisedTask:
+    return tokenise(data, family_of(used, tokenizer, (data.spec,)))
+
+
+def head_row(sequences: tuple[tuple[int, ...], ...], label: float) -> HeadRow:
+    segments = tuple((0,) * len(tokens) for tokens in sequences)
+    return HeadRow(sequences=sequences, segments=segments, label=label, index=0)
 
 
 def task_data(spec: TaskSpec, rows: list[Example]) -> TaskData:
@@ -148,10 +162,9 @@ def test_order_depends_on_the_stream_and_a_longer_run_starts_like_a_shorter_one(
 # ---------------------------------------------------------------------- batches
 
 
-def hand_made_rows() -> list[tuple[int, Row]]:
-    def row(lengths: tuple[int, ...], label: float) -> Row:
-        ids = tuple(tuple(range(7, 7 + length)) for length in lengths)
-        return Row(ids, tuple((0,) * length for length in lengths), label, 0)
+def hand_made_rows() -> list[tuple[int, HeadRow]]:
+    def row(lengths: tuple[int, ...], label: float) -> HeadRow:
+        return head_row(tuple(tuple(range(7, 7 + length)) for length in lengths), label)
 
     return [(2, row((3, 9), 1)), (0, row((4,), 1)), (2, row((2, 2, 5), 2)), (1, row((6,), 4.0))]
 
@@ -220,7 +233,7 @@ def test_mean_pooling_ignores_padding():
 
 
 def test_a_mixed_batch_costs_the_mean_of_its_rows_alone():
-    encoder = load_encoder(find_backbone("tiny-bert"), dropout=0.0)
+    encoder = load_backbone(find_backbone("tiny-bert"), "encoder", dropout=0.0)
     model = MultiTaskModel(encoder, SPECS, hidden=hidden_size(encoder), stream=("t", 0, "heads")).eval()
     rows = hand_made_rows()
     with torch.no_grad():
@@ -230,9 +243,9 @@ def test_a_mixed_batch_costs_the_mean_of_its_rows_alone():
 
 
 def test_regression_loss_is_least_at_the_score_and_predictions_scale_back():
-    encoder = load_encoder(find_backbone("tiny-bert"), dropout=0.0)
+    encoder = load_backbone(find_backbone("tiny-bert"), "encoder", dropout=0.0)
     model = MultiTaskModel(encoder, SPECS, hidden=hidden_size(encoder), stream=("t", 0, "heads"))
-    batch = collate([(1, Row(((7, 8),), ((0, 0),), 4.0, 0))], SPECS, 0)
+    batch = collate([(1, head_row(((7, 8),), 4.0))], SPECS, 0)
     logits = torch.linspace(-6, 6, 2401)
     losses = torch.stack([model.loss([value.reshape(1)], batch) for value in logits])
     best = logits[losses.argmin()].reshape(1)
@@ -242,7 +255,7 @@ def test_regression_loss_is_least_at_the_score_and_predictions_scale_back():
 
 
 def test_choices_that_do_not_exist_are_never_predicted():
-    encoder = load_encoder(find_backbone("tiny-bert"), dropout=0.0)
+    encoder = load_backbone(find_backbone("tiny-bert"), "encoder", dropout=0.0)
     model = MultiTaskModel(encoder, SPECS, hidden=hidden_size(encoder), stream=("t", 0, "heads")).eval()
     batch = collate(hand_made_rows(), SPECS, 0)
     with torch.no_grad():
@@ -252,7 +265,7 @@ def test_choices_that_do_not_exist_are_never_predicted():
 
 
 def test_heads_of_a_task_start_alike_whatever_the_other_tasks():
-    encoder = load_encoder(find_backbone("tiny-bert"), dropout=0.0)
+    encoder = load_backbone(find_backbone("tiny-bert"), "encoder", dropout=0.0)
     few = MultiTaskModel(encoder, (CHOICES,), hidden=32, stream=("t", 0, "heads"))
     many = MultiTaskModel(encoder, SPECS, hidden=32, stream=("t", 0, "heads"))
     other = MultiTaskModel(encoder, SPECS, hidden=32, stream=("t", 1, "heads"))
@@ -274,7 +287,7 @@ def test_ledger_counts_a_hand_worked_batch():
 
 @pytest.mark.parametrize("change", ["order", "token", "label", "task", "boundary"])
 def test_order_hash_notices(change):
-    def digest(rows: list[tuple[int, Row]]) -> str:
+    def digest(rows: list[tuple[int, HeadRow]]) -> str:
         ledger = Ledger([spec.name for spec in SPECS])
         ledger.add(rows, collate(rows, SPECS, 0))
         return ledger.budget().order_hash
@@ -283,42 +296,62 @@ def test_order_hash_notices(change):
     one = rows[1][1]
     changed = {
         "order": [rows[1], rows[0], *rows[2:]],
-        "token": [rows[0], (0, Row(((7, 8, 9, 11),), one.segments, 1, 0)), *rows[2:]],
-        "label": [rows[0], (0, Row(one.sequences, one.segments, 0, 0)), *rows[2:]],
-        "task": [rows[0], (1, Row(one.sequences, one.segments, 1, 0)), *rows[2:]],
+        "token": [rows[0], (0, head_row(((7, 8, 9, 11),), 1)), *rows[2:]],
+        "label": [rows[0], (0, head_row(one.sequences, 0)), *rows[2:]],
+        "task": [rows[0], (1, head_row(one.sequences, 1)), *rows[2:]],
         # The same tokens, cut differently into choices.
-        "boundary": [(2, Row(((7, 8, 9, 7), tuple(range(8, 16))), ((0,) * 4, (0,) * 8), 1, 0)), *rows[1:]],
+        "boundary": [(2, head_row(((7, 8, 9, 7), tuple(range(8, 16))), 1)), *rows[1:]],
     }
     assert digest(rows) == digest(hand_made_rows())
     assert digest(changed[change]) != digest(rows)
 
 
-# ---------------------------------------------------------------------- real rows
+# ---------------------------------------------------------------------- the task's name
 
 
-# The generated suite everywhere; rows of the real tasks where their folder stands next to the repository.
-@pytest.mark.parametrize(
-    "prefix", ["q_", ""] if REAL_DATA.is_dir() else ["q_"], ids=lambda p: "real" if not p else "quick"
-)
-def test_rows_of_every_kind_make_the_same_batches_twice(prefix, tokenizer):
-    from benchmarks.tasks import load_task
-
-    used = protocol(
-        tasks=tuple(f"{prefix}{name}" for name in ("cola", "stsb", "arc_easy")),
-        train_rows=300,
-        eval_rows=100,
-        steps=5,
-        batch_size=16,
+def test_every_text_begins_with_the_name_of_its_task_where_that_is_asked_for(tokenizer):
+    rows = [Example("a cat sat", "it sat", label=1)]
+    (row,) = tokenise_task(task_data(CLASSES, rows), tokenizer, protocol(task_prefix=True)).train
+    assert row.sequences == (tuple(tokenizer("classes: a cat sat", "it sat")["input_ids"]),)
+    quiz = Example("what purrs", choices=("cat", "dog"), label=0)
+    (row,) = tokenise_task(task_data(CHOICES, [quiz]), tokenizer, protocol(task_prefix=True)).train
+    assert row.sequences == tuple(
+        tuple(tokenizer("choices: what purrs", choice)["input_ids"]) for choice in ("cat", "dog")
     )
-    tasks = [tokenise_task(load_task(name, data_dir=REAL_DATA), tokenizer, used) for name in used.tasks]
+
+
+# ---------------------------------------------------------------------- values that are no numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_values_that_are_no_numbers_choose_no_answer(tokenizer, spec, value):
+    family = family_of(protocol(), tokenizer, (spec,))
+    model = family.load(find_backbone("tiny-bert"), 0).eval()
+    torch.nn.init.constant_(model.heads[spec.name].bias, value)
+    example = Example("a cat", choices=("one", "two") if spec is CHOICES else (), label=1)
+    task = tokenise(task_data(spec, [example] * 3), family)
+    with pytest.raises(Diverged, match=f"task {spec.name}: .* 3 of 3 rows"):
+        evaluate_model(model, [task], family, batch_size=4, autocast=False)
+
+
+# ---------------------------------------------------------------------- rows of every kind
+
+
+def test_rows_of_every_kind_make_the_same_batches_twice(tokenizer):
+    used = protocol(
+        tasks=("q_cola", "q_stsb", "q_arc_challenge"), train_rows=300, eval_rows=100, steps=5, batch_size=16
+    )
+    family = family_of(used, tokenizer, [TASKS[name] for name in used.tasks])
+    tasks = [tokenise(load_task(name), family) for name in used.tasks]
     assert [(len(task.train), len(task.validation)) for task in tasks] == [(300, 100)] * 3
-    assert prefix or len({len(row.sequences) for row in tasks[2].train}) > 1  # ARC has rows of three to five choices
+    assert len({len(row.sequences) for row in tasks[2].train}) > 1  # three to five choices
     assert all(row.length <= used.max_length for task in tasks for row in task.train)
     assert all(row.label < len(row.sequences) for row in tasks[2].train)
 
     def consume(tasks: list[TokenisedTask], seed: int) -> str:
         ledger = Ledger(used.tasks)
-        batches = list(training_batches(tasks, used, seed, tokenizer.pad_token_id, ledger, CPU))
+        batches = list(training_batches(tasks, family, seed, ledger, CPU))
         assert sum(batch.rows for batch in batches) == ledger.budget().rows == 5 * 16
         return ledger.budget().order_hash
 
@@ -326,9 +359,10 @@ def test_rows_of_every_kind_make_the_same_batches_twice(prefix, tokenizer):
 
 
 def test_batches_are_made_as_they_are_asked_for(tokenizer):
-    task = tokenise_task(task_data(CLASSES, [Example("a"), Example("b", label=1)]), tokenizer, protocol())
+    family = family_of(protocol(), tokenizer, (CLASSES,))
+    task = tokenise(task_data(CLASSES, [Example("a"), Example("b", label=1)]), family)
     ledger = Ledger(["classes"])
-    list(islice(training_batches([task], protocol(), 0, 0, ledger, CPU), 2))
+    list(islice(training_batches([task], family, 0, ledger, CPU), 2))
     assert ledger.budget().steps == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +11,17 @@ import torch
 
 import moepeft
 from benchmarks.backbones.load import find_backbone, load_backbone, load_tokenizer, model_class
+from benchmarks.cells.data import TokenisedTask
 from benchmarks.cells.evaluate import evaluate_model
+from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.timing_pass import timing_batch
 from benchmarks.families import UNREADABLE, family_of
-from benchmarks.families.batch import Ledger, TokenisedTask
-from benchmarks.families.causal import Causal, _continuation
+from benchmarks.families.causal import Causal
 from benchmarks.families.prompts import answers_of, gold_of, grid, sections_of, text_to_text, to_be_continued
-from benchmarks.plan.cells import parse_methods
+from benchmarks.methods.parse import parse_methods
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Protocol, TimingPlan, available_suites, load_suite
+from benchmarks.records.failures import Diverged
 from benchmarks.records.store import Store
 from benchmarks.run import main
 from benchmarks.tasks import TASKS
@@ -57,14 +60,9 @@ def setting(family: str, **fields: object):
     used = protocol(family, **fields)
     source = find_backbone(used.backbone)
     tokenizer = load_tokenizer(source)
-    kind = family_of(used)
-    rows = [
-        [(at, row) for row in kind.encode(spec, (0, 1), EXAMPLES[spec.name], tokenizer, used.max_length)]
-        for at, spec in enumerate(SPECS)
-    ]
-    return SimpleNamespace(
-        family=kind, tokenizer=tokenizer, rows=rows, model=kind.load(source, SPECS, used, 0, tokenizer).eval()
-    )
+    kind = family_of(used, tokenizer, SPECS)
+    rows = [[(at, row) for row in kind.encode(spec, (0, 1), EXAMPLES[spec.name])] for at, spec in enumerate(SPECS)]
+    return SimpleNamespace(family=kind, tokenizer=tokenizer, rows=rows, model=kind.load(source, 0).eval())
 
 
 def attached(bed: SimpleNamespace, method: str) -> None:
@@ -128,25 +126,27 @@ def test_prompts_of_questions_end_in_the_cue_and_list_what_is_to_be_chosen_from(
 def test_the_limit_takes_from_the_passage_and_from_nothing_else(family):
     bed = setting(family)
     limit = 60
+    short = family_of(protocol(family, max_length=limit), bed.tokenizer, SPECS)
     example = Example("is it so big", "word one two " * 40, label=1)
-    (row,) = bed.family.encode(BOOLQ, (0,), [example], bed.tokenizer, limit)
-    whole = len(row.sequences[0]) + (max(map(len, row.answers)) if family == "causal" else 0)
+    (row,) = short.encode(BOOLQ, (0,), [example])
+    whole = len(row.prompt) + (max(map(len, row.answers)) if family == "causal" else 0)
     assert limit - 3 <= whole <= limit
-    text = bed.tokenizer.decode(row.sequences[0], skip_special_tokens=True)
+    text = bed.tokenizer.decode(row.prompt, skip_special_tokens=True)
     assert "question : is it so big" in text
     assert "passage : word one two" in text
     assert text.endswith("answer :" if family == "causal" else "is it so big")
     assert row.answers == bed.rows[3][0][1].answers
     with pytest.raises(UsageError, match=r"task arc_easy, row 7: .* raise max_length"):
-        bed.family.encode(ARC, (7,), [Example("what " * 40, choices=("a", "b"))], bed.tokenizer, limit)
+        short.encode(ARC, (7,), [Example("what " * 40, choices=("a", "b"))])
 
 
 def test_of_a_pair_the_longer_text_gives_first():
-    bed = setting("seq2seq")
     pair = Example("a b c d e f g h", "one two three four five " * 20)
-    (row,) = bed.family.encode(RTE, (0,), [pair], bed.tokenizer, 60)
-    assert 56 <= len(row.sequences[0]) <= 60
-    assert "a b c d e f g h" in bed.tokenizer.decode(row.sequences[0])
+    bed = setting("seq2seq")
+    short = family_of(protocol("seq2seq", max_length=60), bed.tokenizer, SPECS)
+    (row,) = short.encode(RTE, (0,), [pair])
+    assert 56 <= len(row.prompt) <= 60
+    assert "a b c d e f g h" in bed.tokenizer.decode(row.prompt)
 
 
 def test_prompt_and_answer_tokenise_like_the_whole_text():
@@ -164,9 +164,10 @@ def test_prompt_and_answer_tokenise_like_the_whole_text():
         PreTrainedTokenizerFast(tokenizer_object=spaced, eos_token="</s>"),
         load_tokenizer(find_backbone("tiny-llama")),
     ):
+        family = Causal(protocol("causal"), tokenizer, SPECS)
         for prompt, answer in (("Question: is it so\nAnswer:", "yes"), ("Question: big\nAnswer:", "an old stone")):
             whole = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
-            parts = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *_continuation(answer, tokenizer)]
+            parts = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *family.answer_ids(answer)]
             assert parts == [*whole, tokenizer.eos_token_id]
 
 
@@ -197,12 +198,10 @@ def naive(bed: SimpleNamespace, spec: TaskSpec, example: Example) -> list[float]
 def test_likelihood_equals_a_loop_over_candidates_with_the_bare_model(family):
     bed = setting(family)
     for spec, rows in zip(SPECS, bed.rows, strict=True):
-        batch = bed.family.scoring_batch(rows, SPECS, 0)
+        batch = bed.family.scoring_batch(rows)
         with torch.no_grad():
             found, predicted = bed.model(batch), bed.model.predict(batch)
-        for values, valid, answer, example in zip(
-            found, batch.answers.valid, predicted, EXAMPLES[spec.name], strict=True
-        ):
+        for values, valid, answer, example in zip(found, batch.valid, predicted, EXAMPLES[spec.name], strict=True):
             expected = naive(bed, spec, example)
             assert valid.tolist() == [True] * len(expected) + [False] * (len(valid) - len(expected))
             assert values[valid].tolist() == pytest.approx(expected, rel=1e-4)
@@ -213,7 +212,7 @@ def test_likelihood_equals_a_loop_over_candidates_with_the_bare_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_per_token_divides_by_the_length_of_the_candidate(family):
     bed = setting(family, scoring="likelihood_per_token")
-    batch = bed.family.scoring_batch(bed.rows[2], SPECS, 0)
+    batch = bed.family.scoring_batch(bed.rows[2])
     for (_, row), lengths, example in zip(
         bed.rows[2], bed.model.answer_lengths(batch).tolist(), EXAMPLES["arc_easy"], strict=True
     ):
@@ -221,7 +220,7 @@ def test_per_token_divides_by_the_length_of_the_candidate(family):
         assert len(set(lengths)) > 1
         means = [value / len(ids) for value, ids in zip(naive(bed, ARC, example), row.answers, strict=True)]
         with torch.no_grad():
-            alone = bed.family.scoring_batch([(2, row)], SPECS, 0)
+            alone = bed.family.scoring_batch([(2, row)])
             assert int(bed.model.predict(alone)) == max(range(len(means)), key=means.__getitem__)
 
 
@@ -229,14 +228,14 @@ def test_per_token_divides_by_the_length_of_the_candidate(family):
 def test_training_is_cross_entropy_on_the_answers_tokens_alone(family):
     bed = setting(family)
     rows = [rows[1] for rows in bed.rows]
-    batch = bed.family.training_batch(rows, SPECS, 0)
+    batch = bed.family.training_batch(rows)
     gold = [naive(bed, spec, EXAMPLES[spec.name][1])[row.gold] for spec, (_, row) in zip(SPECS, rows, strict=True)]
     tokens = sum(len(row.answers[row.gold]) for _, row in rows)
     with torch.no_grad():
         assert float(bed.model.loss(bed.model(batch), batch)) == pytest.approx(-sum(gold) / tokens, rel=1e-5)
     ledger = Ledger([spec.name for spec in SPECS])
     ledger.add(rows, batch)
-    assert ledger.budget().tokens == sum(len(row.sequences[0]) for _, row in rows) + tokens
+    assert ledger.budget().tokens == sum(len(row.prompt) for _, row in rows) + tokens
     assert ledger.budget().padded_tokens >= ledger.budget().tokens
 
 
@@ -247,14 +246,14 @@ def test_scores_depend_on_the_task_and_not_on_companions_or_the_side_of_padding(
     attached(bed, method)
     rows = bed.rows[2]
     with torch.no_grad():
-        together = bed.model(bed.family.scoring_batch(rows, SPECS, 0))
+        together = bed.model(bed.family.scoring_batch(rows))
         for at, (task, row) in enumerate(rows):
-            alone = bed.model(bed.family.scoring_batch([(task, row)], SPECS, 0))
+            alone = bed.model(bed.family.scoring_batch([(task, row)]))
             assert together[at, : len(row.answers)].tolist() == pytest.approx(alone[0].tolist(), rel=1e-4)
-        other = bed.model(bed.family.scoring_batch([(0, row) for _, row in rows], SPECS, 0))
+        other = bed.model(bed.family.scoring_batch([(0, row) for _, row in rows]))
         assert torch.allclose(other, together) == (method == "lora")
         if family == "causal":
-            left = bed.model(Causal(padding_side="left").scoring_batch(rows, SPECS, 0))
+            left = bed.model(replace(bed.family, padding_side="left").scoring_batch(rows))
             assert torch.allclose(left, together, rtol=1e-4)
 
 
@@ -262,10 +261,10 @@ def test_scores_depend_on_the_task_and_not_on_companions_or_the_side_of_padding(
 def test_running_the_encoder_once_changes_nothing(method):
     bed = setting("seq2seq")
     attached(bed, method)
-    batch = bed.family.scoring_batch(bed.rows[2], SPECS, 0)
+    batch = bed.family.scoring_batch(bed.rows[2])
     with torch.no_grad():
         found = bed.model(batch)
-        for at, labels in enumerate(batch.answers.labels):
+        for at, labels in enumerate(batch.labels):
             output = bed.model.backbone(**batch.inputs, labels=labels, task_ids=batch.task_ids)
             said = labels != -100
             chosen = output.logits.log_softmax(-1).gather(-1, labels.where(said, 0)[..., None])[..., 0]
@@ -286,7 +285,7 @@ def test_a_model_that_knows_its_answers_is_read_alike_by_likelihood_and_by_gener
     read.model.backbone.requires_grad_(True).train()
     rows = [row for task in read.rows for row in task]
     optimiser = torch.optim.Adam(read.model.backbone.parameters(), lr=1e-2)
-    batch = read.family.training_batch(rows, SPECS, 0)
+    batch = read.family.training_batch(rows)
     for _ in range(250):
         loss = read.model.loss(read.model(batch), batch)
         loss.backward()
@@ -298,7 +297,7 @@ def test_a_model_that_knows_its_answers_is_read_alike_by_likelihood_and_by_gener
     said.model.backbone.load_state_dict(read.model.backbone.state_dict())
     tasks = [one_task(spec, rows) for spec, rows in zip(SPECS, read.rows, strict=True)]
     for bed in (said, read):
-        result = evaluate_model(bed.model, tasks, bed.family, batch_size=2, autocast=False, pad_token_id=0)
+        result = evaluate_model(bed.model, tasks, bed.family, batch_size=2, autocast=False)
         predictions = result.outcomes.groupby("task", sort=False).prediction.apply(list).to_dict()
         assert predictions == {"rte": [0, 1], "stsb": [4.2, 0.0], "arc_easy": [1, 2], "boolq": [1, 0]}
 
@@ -309,12 +308,13 @@ def test_what_cannot_be_read_is_wrong_and_said_so(monkeypatch):
         bed.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
         for texts in (["entailments", "not_entailment"], ["7.5", "nothing"])
     ]
-    answers = iter(2 * said)
+    logits = (torch.zeros(2, 5),)
+    answers = iter([SimpleNamespace(sequences=tokens, logits=logits) for tokens in 2 * said])
     monkeypatch.setattr(bed.model.backbone, "generate", lambda **_: next(answers))
-    batches = [bed.family.scoring_batch(rows, SPECS, 0) for rows in bed.rows[:2]]
+    batches = [bed.family.scoring_batch(rows) for rows in bed.rows[:2]]
     assert [bed.model.predict(batch).tolist() for batch in batches] == [[UNREADABLE, 1], [UNREADABLE, UNREADABLE]]
     tasks = [one_task(spec, rows) for spec, rows in zip(SPECS[:2], bed.rows[:2], strict=True)]
-    result = evaluate_model(bed.model, tasks, bed.family, batch_size=2, autocast=False, pad_token_id=0)
+    result = evaluate_model(bed.model, tasks, bed.family, batch_size=2, autocast=False)
     # Sorted by length or not, the first answer is unreadable; 2.1 is the mean of the training scores 4.2 and 0.
     order = sorted((0, 1), key=lambda at: (bed.rows[0][at][1].length, at))
     predictions = result.outcomes.prediction.tolist()
@@ -323,6 +323,40 @@ def test_what_cannot_be_read_is_wrong_and_said_so(monkeypatch):
     assert predictions[2:] == [2.1, 2.1]
     assert "1 of 2 generated answers cannot be read" in result.scores["rte"].note
     assert "2 of 2 generated answers cannot be read" in result.scores["stsb"].note
+
+
+# ---------------------------------------------------------------------- values that are no numbers
+
+
+def broken(bed: SimpleNamespace, value: float) -> None:
+    """The model gives `value` as the logit of one word, and so what is no number as every answer's likelihood."""
+    head = bed.model.backbone.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([7]), value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scoring", ["likelihood", "likelihood_per_token", "generate"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_that_are_no_numbers_choose_no_answer(family, scoring, value):
+    bed = setting(family, scoring=scoring)
+    broken(bed, value)
+    for spec, rows in zip(SPECS, bed.rows, strict=True):
+        with pytest.raises(Diverged, match=spec.name), torch.no_grad():
+            bed.model.predict(bed.family.scoring_batch(rows))
+
+
+# ---------------------------------------------------------------------- the task's name
+
+
+def test_a_prompt_names_its_task_where_that_is_asked_for():
+    bed = setting("causal", task_prefix=True)
+    for spec, rows in zip(SPECS, bed.rows, strict=True):
+        for _, row in rows:
+            first, _, rest = bed.tokenizer.decode(row.prompt, skip_special_tokens=True).partition("task : ")
+            assert first == ""
+            assert rest.startswith(spec.name.replace("_", " _ "))
+    with pytest.raises(ValueError, match="changes nothing with family = seq2seq"):
+        protocol("seq2seq", task_prefix=True)
 
 
 # ---------------------------------------------------------------------- the whole command
@@ -375,8 +409,9 @@ def _toml(value: object) -> str:
 def test_the_timing_pass_has_as_many_tokens_for_every_family():
     plan = TimingPlan(rows=5, length=16)
     for family, extra in (("encoder", 0), ("seq2seq", 4), ("causal", 0)):
-        kind = family_of(Protocol(name="t", tasks=("rte",), steps=1, family=family))
-        batch = timing_batch(SPECS, plan, kind, vocabulary=100, segments=family == "encoder")
+        tokenizer = load_tokenizer(find_backbone({**FAMILIES, "encoder": "tiny-bert"}[family]))
+        used = Protocol(name="t", tasks=("rte",), steps=1, family=family)
+        batch = timing_batch(family_of(used, tokenizer, SPECS), plan)
         assert batch.tokens == batch.padded_tokens == 5 * (16 + extra)
         assert batch.task_ids.tolist() == [0, 1, 2, 3, 0]
 

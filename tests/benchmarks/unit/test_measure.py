@@ -58,7 +58,7 @@ def measure(trainer: Clocked, monkeypatch: pytest.MonkeyPatch) -> timing_pass.Me
     monkeypatch.setattr(timing_pass, "timing_batch", lambda *args, **kwargs: batch)
     monkeypatch.setattr(time, "perf_counter", lambda: trainer.now)
     plan = TimingPlan(warmup=2, repeats=3)
-    return timing_pass.measure(trainer, [], plan, None, vocabulary=9, segments=False)  # type: ignore[arg-type]
+    return timing_pass.measure(trainer, None, plan)  # type: ignore[arg-type]
 
 
 def test_times_are_counted_in_bare_forwards_beside_them(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 import shutil
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import moepeft
-from benchmarks.backbones.load import find_backbone, load_encoder, load_tokenizer, set_dropout
-from benchmarks.plan.cells import expand, parse_methods
-from benchmarks.plan.options import Options, resolve_device, resolve_precision, resolve_suite
+from benchmarks.backbones.device import resolve_device, resolve_precision
+from benchmarks.backbones.load import find_backbone, load_backbone, load_tokenizer, set_dropout
+from benchmarks.methods.parse import parse_methods
+from benchmarks.plan.cells import expand
+from benchmarks.plan.options import Options, resolve_suite
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite, available_suites, load_suite
 from benchmarks.records.failures import Diverged, one_line, status_of, without_paths
@@ -107,11 +109,16 @@ def test_protocols_are_frozen_and_overrides_are_validated():
         (["--methods", "lorra"], "Did you mean lora"),
         (["--methods", "lora@nightly"], "'lora' has no preset 'nightly'"),
         (["--backbone", "nothing"], "unknown backbone 'nothing'"),
+        (["--reference", "lorra"], "Did you mean lora"),
+        (["--reference", "lora@nightly"], "'lora' has no preset 'nightly'"),
+        (["--methods", "lora", "--reference", "ept"], "--reference ept: no run of it is asked for or stored"),
+        (["--results", __file__], "is a file; give a folder"),
+        (["--results", f"{__file__}/deeper/still"], f"{__file__} is a file; give a folder"),
     ],
 )
 def test_wrong_flags_end_in_one_line_and_before_anything_is_loaded(flags, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("benchmarks.tasks.load_task", lambda *_, **__: pytest.fail("loaded data"))
+    monkeypatch.setattr("benchmarks.plan.study.load_task", lambda *_, **__: pytest.fail("loaded data"))
     assert main(flags) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -133,11 +140,10 @@ def test_device_and_precision(monkeypatch):
         assert resolve_device("auto") == torch.device("cpu")
         with pytest.raises(UsageError, match="no CUDA device"):
             resolve_device("cuda")
-    cpu = torch.device("cpu")
-    assert resolve_precision("fp32", cpu) == "fp32"
+    assert resolve_precision("fp32", "cpu") == "fp32"
     for native in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert resolve_precision("auto", cpu) == ("bf16" if native else "fp32")
+        assert resolve_precision("auto", "cpu") == ("bf16" if native else "fp32")
 
 
 # ---------------------------------------------------------------------- cells
@@ -146,16 +152,17 @@ def test_device_and_precision(monkeypatch):
 def test_baselines_come_first_and_all_means_every_registered_method():
     assert list(parse_methods("lora, head", num_tasks=3)) == ["majority", "head", "lora"]
     assert list(parse_methods("all", num_tasks=3)) == ["majority", "head", *moepeft.available()]
-    factory = parse_methods("ept", num_tasks=3)["ept"]
-    assert factory is not None
-    assert dataclasses.asdict(factory)["num_tasks"] == 3  # type: ignore[call-overload]
+    assert parse_methods("ept", num_tasks=3)["ept"].config()["num_tasks"] == 3
 
 
 def test_cells_are_what_decides_a_result():
     methods = parse_methods("lora", num_tasks=1)
 
     def ids(rows: tuple[TaskData, ...] = data(), **fields: object) -> list[str]:
-        return [planned.cell.id for planned in expand(suite(**fields).protocol, methods, rows, suite(**fields).seeds)]
+        return [
+            planned.cell.id
+            for planned in expand(suite(**fields).protocol, methods.values(), rows, suite(**fields).seeds)
+        ]
 
     base = ids()
     assert len(set(base)) == 3
@@ -169,7 +176,9 @@ def test_cells_are_what_decides_a_result():
 
 def record(method: str, seed: int = 0, **changes: object) -> RunRecord:
     factories = parse_methods(f"{method},lora", num_tasks=1)
-    (planned,) = [one for one in expand(suite().protocol, factories, data(), (seed,)) if one.cell.method == method]
+    (planned,) = [
+        one for one in expand(suite().protocol, factories.values(), data(), (seed,)) if one.cell.method == method
+    ]
     fields = {
         "order_hash": "a" * 64, "steps": 4, "rows": 8, "sequences": 8, "tokens": 80, "padded_tokens": 96,
         "rows_per_task": {"classes": 8},
@@ -222,13 +231,13 @@ def test_provenance_names_the_machine_and_the_packages():
 def test_a_local_folder_is_named_by_its_content_not_by_its_path(tmp_path):
     tiny = find_backbone("tiny-bert")
     for parent in ("here", "there"):
-        load_encoder(tiny, dropout=None).save_pretrained(tmp_path / parent / "bert")
+        load_backbone(tiny, "encoder", dropout=None).save_pretrained(tmp_path / parent / "bert")
         load_tokenizer(tiny).save_pretrained(tmp_path / parent / "bert")
     here, there = (find_backbone(str(tmp_path / parent / "bert")) for parent in ("here", "there"))
     assert here.identity == there.identity
     assert re.fullmatch(r"bert@[0-9a-f]{12}", here.identity)
-    loaded = load_encoder(here, dropout=0.0)
-    original = load_encoder(tiny, dropout=0.0)
+    loaded = load_backbone(here, "encoder", dropout=0.0)
+    original = load_backbone(tiny, "encoder", dropout=0.0)
     for (name, one), (_, other) in zip(loaded.named_parameters(), original.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     assert load_tokenizer(here)("a cat")["input_ids"] == load_tokenizer(tiny)("a cat")["input_ids"]
@@ -238,6 +247,27 @@ def test_a_local_folder_is_named_by_its_content_not_by_its_path(tmp_path):
     (tmp_path / "here" / "bert").mkdir()
     with pytest.raises(UsageError, match=r"no config\.json"):
         find_backbone(str(tmp_path / "here" / "bert"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    tiny = find_backbone("tiny-bert")
+    load_backbone(tiny, "encoder", dropout=None).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        find_backbone(str(tmp_path))
+    # A file that is there but knows no word is no better.
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {tokenizer.unk_token: 0}
+    content["added_tokens"], content["post_processor"] = [], None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="no tokenizer that knows words"):
+        load_tokenizer(find_backbone(str(tmp_path)))
+
+
+def test_own_tasks_are_named_by_their_files_and_stand_last():
+    found = resolve_suite(Options(suite="glue", tasks="mine.toml,rte,cola"))
+    assert found.tasks == ("cola", "rte", "mine.toml")
 
 
 def test_hub_ids_may_carry_a_revision():
@@ -250,7 +280,7 @@ def test_hub_ids_may_carry_a_revision():
 def test_encoders_are_frozen_without_pooler_and_with_the_dropout_asked_for():
     from transformers import BertConfig, T5Config
 
-    encoder = load_encoder(find_backbone("tiny-bert"), dropout=0.25)
+    encoder = load_backbone(find_backbone("tiny-bert"), "encoder", dropout=0.25)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert encoder.pooler is None
     assert {module.p for module in encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 import moepeft
 from benchmarks.cells import routing as routes
-from benchmarks.families.batch import Row, TokenisedTask
+from benchmarks.cells.data import TokenisedTask
+from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import Encoder, MultiTaskModel
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.tasks.base import TaskSpec
 from tests.support import hosts
 
@@ -21,8 +25,9 @@ SPECS = [TaskSpec(name, "classification", labels=("no", "yes"), metric="accuracy
 def tasks(lengths: tuple[int, ...]) -> list[TokenisedTask]:
     random = np.random.default_rng(3)
 
-    def row(index: int, length: int) -> Row:
-        return Row((tuple(map(int, random.integers(1, hosts.VOCABULARY, length))),), None, 0.0, index)
+    def row(index: int, length: int) -> HeadRow:
+        ids = tuple(map(int, random.integers(1, hosts.VOCABULARY, length)))
+        return HeadRow(sequences=(ids,), segments=None, label=0.0, index=index)
 
     return [TokenisedTask(spec, (), tuple(row(*pair) for pair in enumerate(lengths))) for spec in SPECS]
 
@@ -38,7 +43,9 @@ def attached(method: str, **fields) -> MultiTaskModel:
 
 
 def collect(model: MultiTaskModel, rows: list[TokenisedTask]):
-    return routes.collect(model, rows, Encoder(), 0, autocast=False)
+    protocol = Protocol(name="t", tasks=("a", "b", "c"), steps=1)
+    family = Encoder(protocol, SimpleNamespace(pad_token_id=0), tuple(SPECS))
+    return routes.collect(model, rows, family, autocast=False)
 
 
 def test_task_gates_are_those_of_the_adapters():

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan.cells import PlannedCell, expand, parse_methods
+from benchmarks.methods.base import Method
+from benchmarks.methods.parse import parse_methods
+from benchmarks.plan.cells import PlannedCell, expand
 from benchmarks.plan.options import Options, parse_shard, resolve_suite
 from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
 from benchmarks.protocols.errors import UsageError
@@ -30,8 +32,8 @@ def suite(**fields: object) -> Suite:
     return Suite.model_validate({**common, "head_learning_rate": 7e-3, "tuning_rates": RATES, **fields})
 
 
-def methods() -> dict[str, object]:
-    return dict(parse_methods("lora,ept", num_tasks=1))
+def methods() -> list[Method]:
+    return list(parse_methods("lora,ept", num_tasks=1).values())
 
 
 def trials(scores: Mapping[float, float | None]) -> Trials:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks.methods.peft import BASELINES, PeftBaseline, attach_peft
+from benchmarks.methods.peft import BASELINES, PeftMethod, attach_peft
 from moepeft.bridges.peft_checkpoints import PeftMissing, export_all_tasks, export_lora, import_lora
 from moepeft.errors import (
     AdapterFileError,
@@ -303,7 +303,7 @@ def test_baseline_attaches_trains_rests_and_leaves(host: str, name: str) -> None
     keys, layers = list(model.state_dict()), dict(model.named_modules())
     model.requires_grad_(False)
     expected = run(model, inputs)
-    baseline = PeftBaseline.parse(f"peft:{name}")
+    baseline = PeftMethod.parse(f"peft:{name}")
     adapters = baseline.attach(model)
     assert [site.name for site in adapters.sites] == [s.name for s in moepeft.attach(build(host), LoRA()).sites]
     ids = torch.tensor([0, 1, 2, 0])
@@ -342,7 +342,7 @@ def test_peft_lora_counts_and_starts_as_ours() -> None:
 
 def test_misuse_of_baselines_is_loud_and_leaves_the_model_alone() -> None:
     with pytest.raises(UnknownMethod, match="Did you mean dora"):
-        PeftBaseline.parse("peft:dorra")
+        PeftMethod.parse("peft:dorra")
     model = build("gpt2")
     layers = dict(model.named_modules())
     with pytest.raises(Unsupported, match="Conv1D"):

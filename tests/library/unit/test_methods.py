@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moepeft
-from benchmarks.plan.cells import parse_methods
+from benchmarks.methods.parse import parse_methods
 from moepeft import method
 from moepeft.config import ablations
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported

@@ -1,0 +1,59 @@
+"""Methods from the command line."""
+
+from __future__ import annotations
+
+import moepeft
+from benchmarks.methods.base import Method
+from benchmarks.methods.baselines import BASELINES, Bare, HeadsOnly, Majority
+from benchmarks.methods.peft import SPEC_PREFIX, PeftMethod
+from benchmarks.methods.registered import Moepeft
+from moepeft.config import ablations
+from moepeft.errors import UnknownMethod
+from moepeft.registry import factory_class
+
+ABLATIONS = "ablations"
+
+
+def parse_methods(text: str, *, num_tasks: int, has_heads: bool = True) -> dict[str, Method]:
+    """Methods by the name they were asked for, the baselines that always run first.
+
+    Args:
+        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method,
+            ``NAME@ablations`` for a method with everything that it declares can be left out or changed,
+            ``peft:NAME`` for one of the peft package.
+        num_tasks: number of tasks of the protocol.
+        has_heads: whether heads answer. Where answers are text there are none to train alone, but the bare model
+            can be scored.
+
+    Raises:
+        UnknownMethod: a name is neither a baseline nor registered, or the baseline of the other kind of answer.
+        ConfigError: the method cannot be configured for that many tasks.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    expanded = [one for name in names for one in _expand(name)]
+    ours, other = (HeadsOnly.name, Bare.name) if has_heads else (Bare.name, HeadsOnly.name)
+    if other in expanded:
+        reason = "its heads would be random" if has_heads else "answers are text, there are no heads"
+        raise UnknownMethod(f"{other!s} means nothing for this family of models: {reason}. {ours!s} is always run.")
+    return {name: parse_method(name, num_tasks) for name in (str(Majority.name), str(ours), *expanded)}
+
+
+def parse_method(name: str, num_tasks: int) -> Method:
+    """One method; raises what `parse_methods` raises."""
+    if name in BASELINES:
+        return BASELINES[name]
+    if name.startswith(SPEC_PREFIX):
+        return PeftMethod.parse(name)
+    return Moepeft(name, moepeft.method(name, num_tasks=num_tasks))
+
+
+def _expand(name: str) -> tuple[str, ...]:
+    if name == "all":
+        return moepeft.available()
+    method, _, preset = name.partition("@")
+    if preset != ABLATIONS:
+        return (name,)
+    declared = ablations(factory_class(method))
+    if not declared:
+        raise UnknownMethod(f"{method!r} declares no ablations; name one of its presets instead of {ABLATIONS!r}")
+    return (method, *(f"{method}@{preset}" for preset in declared))
