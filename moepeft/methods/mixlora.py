@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moepeft.config import MethodConfig
+from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import mixlora as _fast
+from moepeft.methods._released.mixlora import RECIPES
 from moepeft.methods._validation import check_choice, check_choices, check_count, check_dropout, check_positive
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.ops.draws import normal, uniform
@@ -59,11 +60,15 @@ class MixLoRA(MethodConfig):
     """
 
     name: ClassVar[str] = "mixlora"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, "released": {"balance": "pooled"}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {},
+        "released": {"balance": "pooled", "dropout": 0.05},
+    }
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: int = 16
+    alpha: float = 32.0
     num_experts: int = 8
     top_k: int = 2
     targets: tuple[str, ...] = ("gate", "up", "down")

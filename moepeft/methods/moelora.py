@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moepeft.config import MethodConfig
+from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import moelora as _fast
-from moepeft.methods._released.moelora import SequenceFirst
+from moepeft.methods._released.moelora import RECIPES, SequenceFirst
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import per_row
@@ -58,9 +58,10 @@ class MOELoRA(MethodConfig):
     name: ClassVar[str] = "moelora"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {},
-        "released": {},
+        "released": {"dropout": 0.1},
         "per_site": {"gate": "per_site"},
     }
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
     rank: int = 16

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moepeft.config import MethodConfig
+from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.fast import has_fast_path
 from moepeft.methods._contrastive import (
@@ -50,7 +50,7 @@ from moepeft.methods._contrastive import (
     with_summary,
 )
 from moepeft.methods._fast import more as _fast
-from moepeft.methods._released.more import FrozenChoice
+from moepeft.methods._released.more import RECIPES, FrozenChoice
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import add_linear, per_row
@@ -84,8 +84,10 @@ class MoRE(MethodConfig):
             "scaling": "eighths",
             "contrastive_sites": "encoder",
             "anchor": "first",
+            "dropout": 0.1,
         },
     }
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "factor_rank": {"scaling": "rank"},
         "no_factor": {"scaling": "none"},

@@ -39,11 +39,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moepeft.config import MethodConfig
+from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, MissingRouting
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import tucka as _fast
+from moepeft.methods._released.tucka import PRESETS, RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_positive
 from moepeft.ops.draws import uniform
 from moepeft.ops.linear import token_shares, with_row_mean
@@ -73,8 +74,9 @@ class TuckA(MethodConfig):
     name: ClassVar[str] = "tucka"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {},
-        "released": {"mean": "all", "choice": "normalised", "hold": False, "positions": "adapted"},
+        **PRESETS,
     }
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "kaiming": {"centroids": "kaiming"},
         "groups_1": {"groups": 1},

@@ -263,6 +263,7 @@ def replay_more(case: Case) -> Replay:
         num_tasks=c["num_tasks"],
         temperature=c["temperature"],
         selector=selector,
+        dropout=0.0,
     )
     parameters = {name: t[name] for name in _GATED}
     if selector == "frozen":
@@ -394,6 +395,7 @@ def replay_mixlora(case: Case) -> Replay:
         num_experts=c["num_experts"],
         top_k=c["top_k"],
         targets=targets,
+        dropout=0.0,
     )
     model = FFN(t)
     names = {"router.weight": "shared.router./"}

@@ -1,14 +1,38 @@
-"""The selector of MoRE's release: frozen at the first forward."""
+"""The selector of MoRE's release, frozen at the first forward, and what the release trains with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moepeft.config import Recipe
 from moepeft.ops.processes import has_processes
+
+RECIPES: Mapping[str, Recipe] = {
+    "glue": Recipe(
+        preset="released",
+        sites=("q", "k", "v", "o", "wi", "wo"),
+        learning_rate=3e-4,
+        batch_size=64,  # 2 processes, 32 rows each
+        epochs=10,  # the default: the script's --epochs 5 does not reach the sampler
+        warmup_steps=500,
+        weight_decay=0.01,
+        max_length=128,
+        sources={
+            **dict.fromkeys(
+                ("rank", "alpha", "sites", "learning_rate", "batch_size", "warmup_steps", "weight_decay"),
+                "script/finetune_more.sh",
+            ),
+            "max_length": "script/finetune_more.sh",
+            "dropout": "finetune.py",
+            "epochs": "finetune.py",
+        },
+    )
+}
 
 
 class FrozenChoice(nn.Module):

@@ -7,8 +7,9 @@ says its rows depend on their batch must be seen to do so.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -30,12 +31,32 @@ def make(spec: str, **fields: Any) -> moepeft.AdapterFactory:
     return moepeft.method(spec, num_tasks=TASKS, **fields)
 
 
+def has_fast_path(factory: moepeft.AdapterFactory) -> bool:
+    """Whether a definition that the method's module uses has one."""
+    return any(hasattr(value, "definition") for value in vars(sys.modules[type(factory).__module__]).values())
+
+
+@pytest.fixture(autouse=True)
+def fast(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By fast paths, unless a test asks for definitions."""
+    with moepeft.fast_paths(getattr(request, "param", True)):
+        yield
+
+
 # Presets with equal fields (LoRA's two) are one configuration and run once.
 _ALL = [f"{name}@{preset}" for name in moepeft.available() for preset in factory_class(name).presets]
 SPECS = list({make(spec): spec for spec in reversed(_ALL)}.values())[::-1]
 
 BATCH_FIRST = [spec for spec in SPECS if make(spec).capabilities.batch_first]
-everywhere = pytest.mark.parametrize("spec", BATCH_FIRST)
+BY_DEFINITIONS = [spec for spec in BATCH_FIRST if has_fast_path(make(spec))]
+everywhere = pytest.mark.parametrize(
+    ("spec", "fast"),
+    [
+        *(pytest.param(spec, True, id=spec) for spec in BATCH_FIRST),
+        *(pytest.param(spec, False, id=f"{spec} by definitions", marks=pytest.mark.slow) for spec in BY_DEFINITIONS),
+    ],
+    indirect=["fast"],
+)
 on_hosts = pytest.mark.parametrize("host", HOSTS)
 
 
@@ -279,11 +300,10 @@ def test_config_round_trips_through_json(spec: str) -> None:
     assert hash(factory) == hash(make(spec))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in BATCH_FIRST])
-def test_sequence_first_presets_refuse_batch_first_rows(spec: str) -> None:
-    """The release's layout: mixed rows cannot be told apart on a batch-first model, and it must not guess."""
+def test_sequence_first_rows_are_refused_on_a_batch_first_model() -> None:
+    """ChatGLM's layout: mixed rows cannot be told apart on a batch-first model, and the method must not guess."""
     model = build("bert")
-    adapters = moepeft.attach(model, make(spec))
+    adapters = moepeft.attach(model, make("moelora", layout="sequence_first"))
     assert not adapters.factory.capabilities.batch_first
     with pytest.raises(MissingRouting, match="4 task ids for 7 rows"):
         output(model, batch(model), task_ids=IDS)

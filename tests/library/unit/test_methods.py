@@ -235,31 +235,6 @@ def test_tucka_centroids_start_near_the_first_batch_once() -> None:
     assert torch.equal(adapters.shared.centroids, before)
 
 
-class NaiveFFN(nn.Module):
-    """MixLoRA as its equations read: for every token, a loop over its experts."""
-
-    def __init__(self, ffn: nn.Module, adapters: moepeft.Attachment) -> None:
-        super().__init__()
-        self.ffn, self.adapters, self.factory = ffn, adapters, adapters.factory
-
-    def project(self, name: str, z: Tensor, expert: int) -> Tensor:
-        layer, adapter = getattr(self.ffn, name), self.adapters.adapters[name]
-        rows = slice(expert * self.factory.rank, (expert + 1) * self.factory.rank)
-        return F.linear(z, layer.weight, layer.bias) + adapter.scale * adapter.B[:, rows] @ (adapter.A[rows] @ z)
-
-    def forward(self, x: Tensor) -> Tensor:
-        router = self.adapters.shared["/"]
-        out = []
-        for token in x.flatten(0, -2):
-            weights, experts = (router @ token).softmax(-1).topk(self.factory.top_k)
-            y = torch.zeros_like(token)
-            for weight, expert in zip(weights / weights.sum(), experts.tolist(), strict=True):
-                hidden = F.silu(self.project("gate_proj", token, expert)) * self.project("up_proj", token, expert)
-                y = y + weight * self.project("down_proj", hidden, expert)
-            out.append(y)
-        return torch.stack(out).reshape(x.shape)
-
-
 class GatedFFN(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ def test_recipe_is_a_preset_and_values_that_exist(name: str, setting: str) -> No
     of_recipe = {field.name for field in dataclasses.fields(recipe)}
     assert set(recipe.sources) <= of_factory | of_recipe
     assert recipe.learning_rate is not None
-    assert "dropout" in recipe.sources
+    assert ("dropout" in recipe.sources) == ("dropout" in of_factory)
 
 
 def test_recipe_refuses_a_value_without_its_source() -> None:
