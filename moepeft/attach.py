@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -12,23 +14,34 @@ from .errors import AlreadyAttached, Unsupported
 from .hooks import install
 from .protocols import AdapterFactory
 from .shards import is_sharded
-from .sites import SitePattern, find_sites, select_sites
+from .sites import LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
 from .state import SLOT, State
 
 __all__ = ["Attachment", "attach", "attachment", "load"]
 
 
-def attach(model: nn.Module, factory: AdapterFactory, sites: SitePattern | None = None) -> Attachment:
+def attach(
+    model: nn.Module,
+    factory: AdapterFactory,
+    sites: SitePattern | None = None,
+    *,
+    exclude: SitePattern | None = None,
+) -> Attachment:
     """Freeze `model` and put the method's adapters around its linear layers.
+
+    Layers that an adapter cannot reach are left out; `Attachment.summary` names them. If they are most of the model's
+    blocks, a warning does.
 
     Args:
         model: any module with linear layers. Its own `forward` is what the user goes on calling.
         factory: the method's configuration, e.g. ``EPT(rank=8, num_tasks=8)``.
         sites: which layers; see `moepeft.sites.select_sites`. None: all linear layers of the repeated blocks.
+        exclude: which of these to leave out, said in the same ways.
 
     Raises:
-        NoMatchingSite: `sites` matches nothing.
-        Unsupported: the method cannot work on this model, or its weights are sharded already.
+        NoMatchingSite: `sites` or `exclude` matches nothing.
+        Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
+            was not given, or its weights are sharded already.
         AlreadyAttached: the model has adapters.
     """
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -38,17 +51,67 @@ def attach(model: nn.Module, factory: AdapterFactory, sites: SitePattern | None 
         )
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
-    chosen = tuple(factory.select(select_sites(find_sites(model), sites)))
+    found, unreachable = survey(model)
+    wanted = select_sites(found, sites, exclude)
+    if sites is None:
+        _refuse_the_head_alone(model, wanted, unreachable)
+    chosen = tuple(factory.select([site for site in wanted if building.can_adapt(factory, site)]))
     if not chosen:
         raise Unsupported(f"{factory.name} can adapt none of the chosen layers")
+    if sites is None:
+        _warn_of_the_unreachable(model, chosen, unreachable)
     shared, built = building.build(factory, chosen)
-    state = State(model, factory, chosen, shared)
+    state = State(model, factory, chosen, shared, (*unreachable, *_left_by(factory, found, wanted, chosen)))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     install(model, state, built)
     if building.on_meta(built[0]):
         state.without_values = built[0]
     return Attachment(model)
+
+
+def _left_by(
+    factory: AdapterFactory,
+    found: Sequence[LinearSite],
+    wanted: Sequence[LinearSite],
+    chosen: Sequence[LinearSite],
+) -> Iterator[LeftOut]:
+    """Layers of the blocks that would have been adapted but for what they are."""
+    for site in found:
+        if site in chosen:
+            continue
+        why = "a gate" if site.is_gate and site.layer is not None and site not in wanted else None
+        if site in wanted:
+            of_positions = not building.can_adapt(factory, site)
+            why = "fed by positions, which are of no row" if of_positions else f"not for {factory.name}"
+        if why is not None:
+            yield LeftOut(site.name, site.in_features * site.out_features, why, site.layer)
+
+
+def _refuse_the_head_alone(model: nn.Module, wanted: Sequence[LinearSite], unreachable: Sequence[LeftOut]) -> None:
+    if any(site.layer is not None for site in wanted):
+        return
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    in_blocks = {id(p): p.numel() for blocks in lists for p in blocks.parameters() if p.dim() > 1}
+    hidden = [layer for layer in unreachable if layer.layer is not None]
+    apart = sum(site.in_features * site.out_features for site in wanted)
+    if max(sum(in_blocks.values()), sum(layer.numbers for layer in hidden)) > apart:
+        raise Unsupported(
+            f"the blocks of this {type(model).__name__} have no linear layer that an adapter reaches "
+            f"({'; '.join(by_reason(hidden)) or 'they hold other kinds of layers'}), only {wanted[0].name!r} beside "
+            "them is one: name by `sites` what is to be adapted"
+        )
+
+
+def _warn_of_the_unreachable(model: nn.Module, chosen: Sequence[LinearSite], unreachable: Sequence[LeftOut]) -> None:
+    hidden = [layer for layer in unreachable if layer.layer is not None]
+    lost, adapted = sum(layer.numbers for layer in hidden), sum(s.in_features * s.out_features for s in chosen)
+    if lost > adapted:
+        warnings.warn(
+            f"{lost / (lost + adapted):.0%} of the matrices in the blocks of this {type(model).__name__} carry no "
+            f"adapter: {'; '.join(by_reason(hidden))}",
+            stacklevel=3,
+        )
 
 
 def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Attachment:

@@ -16,7 +16,7 @@ from .counting import ParameterCount, count_parameters
 from .errors import AuxLossDetached, Unsupported
 from .hooks import checked_ids, remove
 from .protocols import AdapterFactory
-from .sites import LinearSite
+from .sites import LinearSite, by_reason
 from .state import ENTRY, Entry, State
 from .stepping import after_step
 
@@ -96,7 +96,7 @@ class Attachment:
         return count_parameters(self.state)
 
     def summary(self) -> str:
-        """A few lines for a person: method, sites by role, parameters."""
+        """A few lines for a person: method, sites by role, parameters, and what was left out and why."""
         roles = {site.role: 0 for site in self.sites}
         for site in self.sites:
             roles[site.role] += 1
@@ -107,6 +107,7 @@ class Attachment:
             f"{len(self.sites)} sites: {', '.join(f'{role} x {number}' for role, number in roles.items())}\n"
             f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
             f"{share:.2%} of {count.base:,} frozen ones"
+            + "".join(f"\nleft out: {line}" for line in by_reason(self.state.left_out))
         )
 
     # ------------------------------------------------------------------ losses and routing
@@ -221,9 +222,10 @@ class Attachment:
         if self.merged:
             self.unmerge()
         trained_before = self.state.trained_before
-        remove(self.model, self.sites)
+        remove(self.model)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trained_before[name])
+            if name in trained_before:  # else it came after attach(), as a new head's
+                parameter.requires_grad_(trained_before[name])
         return self.model
 
 

@@ -11,6 +11,12 @@ from .sites import LinearSite
 from .state import State, load_module
 
 
+def can_adapt(factory: AdapterFactory, site: LinearSite) -> bool:
+    """Whether a site's input is one that the method can route: a table of positions belongs to no row."""
+    capabilities = factory.capabilities
+    return not site.of_positions or capabilities.routing == "none" or capabilities.adapts_positions
+
+
 def build(factory: AdapterFactory, sites: tuple[LinearSite, ...]) -> tuple[nn.Module | None, list[nn.Module]]:
     """What all sites share, and an adapter for each of them, with first values."""
     shared = factory.shared(sites)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .errors import MissingRouting
 from .ops.linear import token_shares
 from .ops.processes import sum_over_processes
-from .sites import LinearSite, Stream
+from .roles import Stream
+from .sites import LinearSite
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ class Runtime:
         begun_by: the module whose call is under way, None between calls.
         continues: the current call continues an earlier one (cached decoding, decoder after a separate encoder call).
         grad_expected: whether autograd was on and the model training when the current forward began.
-        losses: loss name -> site name -> recorded term, as `AdapterFactory.aux_loss` takes it.
+        losses: loss name -> site name, numbered from its second use on -> term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
         of_inputs: what sites made of an input that others receive as well, by key, beside that input.
         stats: site name -> routing statistics, filled only while `recording`.
@@ -184,14 +185,23 @@ class SiteContext:
         """Whether this forward continues an earlier one (`Runtime.continues`)."""
         return self.runtime.continues
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the forward is over, and a layer runs again because checkpointing recomputes it during backward."""
+        return self.runtime.begun_by is None
+
     def loss(self, name: str, term: Any) -> None:
-        """Record this site's term of an auxiliary loss. Keyed by site, so a recomputation overwrites it.
+        """Record this site's term of an auxiliary loss: one for every use in a forward, none for a recomputation.
 
         Args:
             name: of the loss.
             term: what the method's `aux_loss` combines: a tensor, or what it needs to compute all sites' at once.
         """
-        self.runtime.losses.setdefault(name, {})[self.site.name] = term
+        terms, key, uses = self.runtime.losses.setdefault(name, {}), self.site.name, 1
+        while key in terms and not self.recomputes:  # the layer is shared, as ALBERT's is by all its blocks
+            uses += 1
+            key = f"{self.site.name} ({uses})"
+        terms[key] = term
 
     def tally(self, counts: Tensor) -> None:
         """Count for `moepeft.protocols.Stepping.after_step`; nothing unless a training forward is under way.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from .config import task_number
 from .context import SiteContext
 from .errors import MissingRouting, Unsupported
 from .protocols import Base, Stepping
-from .sites import LinearSite, Stream
+from .roles import Stream
+from .sites import LinearSite
 from .state import ENTRY, SLOT, Entry, Slot, State
 from .stepping import check_stepped
 
@@ -47,13 +49,12 @@ def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> No
         entry.register_forward_hook(_after_forward, always_call=True)
 
 
-def remove(model: nn.Module, sites: Sequence[LinearSite]) -> None:
+def remove(model: nn.Module) -> None:
     """Undo `install`: no module keeps anything of ours."""
-    for site in sites:
-        module = model.get_submodule(site.name)
-        unbind(module)
-        delattr(module, SLOT)
     for module in model.modules():
+        if isinstance(module._modules.get(SLOT), Slot):
+            unbind(module)
+            delattr(module, SLOT)
         _remove_hooks(module)
 
 
@@ -66,7 +67,7 @@ def bind(module: nn.Module) -> None:
 def unbind(module: nn.Module) -> None:
     """Give the layer its own `forward` back."""
     slot = getattr(module, SLOT)
-    del module.forward
+    module.__dict__.pop("forward", None)  # merged, it runs its own already
     if slot.inner is not None:  # another library's hook (accelerate's) was bound before ours
         module.forward = slot.inner
 
@@ -79,6 +80,8 @@ def _adapted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     slot: Slot = module.moepeft  # type: ignore[assignment]
     if not slot.context.runtime.enabled or (slot.rows is not None and all(x is not rows for rows in slot.rows)):
         return _frozen_forward(module, x, *more, **kwargs)
+    if not slot.has_run and not torch.compiler.is_compiling():
+        slot.has_run = True
     frozen = functools.partial(_frozen_forward, module)
     output: Tensor = slot.adapter(x, _with_arguments(frozen, more, kwargs) if more or kwargs else frozen, slot.context)
     return output
@@ -134,9 +137,27 @@ def _before_forward(
 
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The forward that this model's call began is over."""
-    runtime = getattr(model, ENTRY).state.runtime
-    if runtime.begun_by is model:
-        runtime.end()
+    state: State = getattr(model, ENTRY).state
+    if state.runtime.begun_by is model:
+        state.runtime.end()
+        if state.runtime.grad_expected and not state.uses_checked and not torch.compiler.is_compiling():
+            state.uses_checked = True
+            _name_the_unused(state)
+
+
+def _name_the_unused(state: State) -> None:
+    """After the first training forward, say which adapters took no part: they are counted and get no gradient."""
+    if any(module._compiled_call_impl is not None for module in state.model.modules()):
+        return  # nothing was noted
+    idle = [site.name for site in state.sites if not state.slot(site).has_run]
+    if idle:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in idle})
+        warnings.warn(
+            f"{len(idle)} of {len(state.sites)} adapted layers did not run in the first training forward, e.g. "
+            f"{idle[0]!r}: their adapters train only where the inputs reach them, and DistributedDataParallel needs "
+            f"find_unused_parameters. To leave them out: attach(exclude={ends[:6]!r})",
+            stacklevel=2,
+        )
 
 
 def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.Module]:

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from .context import SiteContext
-from .sites import LinearSite, Role, Stream
+from .roles import Role, Stream
+from .sites import LinearSite
 
 __all__ = [
     "Adapter",

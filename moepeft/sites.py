@@ -1,25 +1,24 @@
-"""Find the linear layers of a model and say what each one does.
+"""Find the linear layers of a model that an adapter can be put around, in the order in which the model calls them.
 
-A site is found by what it is: a module that maps `in_features` to `out_features`. Its role comes from the names the
-field uses for projections, and where a name says nothing, from the shape: in a repeated block, d -> f followed by
-f -> d is a feed-forward network whatever it is called.
+A site is found by what it is: a module that maps `in_features` to `out_features` and is called by its owner. What looks
+like one and is none, or cannot be reached, is named with the reason (`LeftOut`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .errors import NoMatchingSite
+from .errors import NoMatchingSite, Unsupported
+from .reading import below, code_of, names_in_order
+from .roles import Role, Shape, Stream, networks_of, roles_of, stack_of, stream_of
 
-Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down", "other"]
-Stream = Literal["encoder", "decoder"]
+_GATE = re.compile(r"(^|[._])(gate|router)(\.classifier)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,7 @@ class LinearSite:
         block: name of the feed-forward network it is part of (roles gate, up, down), None elsewhere.
         stack: where it stands: cross-attention keys and values stand in the decoder, though they read the encoder.
             ``encoder`` in a model that has one stack only.
+        of_positions: whether it reads a table of positions, which belongs to no row of the batch.
     """
 
     name: str
@@ -46,23 +46,42 @@ class LinearSite:
     layer: int | None = None
     block: str | None = None
     stack: Stream = "encoder"
+    of_positions: bool = False
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it decides rather than maps: one output, or the router of a mixture of experts."""
+        return self.out_features == 1 or _GATE.search(self.name) is not None
+
+
+class LeftOut(NamedTuple):
+    """A layer that carries no adapter although it holds matrices.
+
+    Attributes:
+        name: dotted path of the module in the model.
+        numbers: how many numbers its matrices hold.
+        why: the reason.
+        layer: index of the repeated block it stands in, None outside of one.
+    """
+
+    name: str
+    numbers: int
+    why: str
+    layer: int | None = None
+
+
+def by_reason(left_out: Iterable[LeftOut]) -> list[str]:
+    """A line for every reason: how many layers, how much they hold, the first one's name."""
+    groups: dict[str, list[LeftOut]] = {}
+    for layer in left_out:
+        groups.setdefault(layer.why, []).append(layer)
+    return [
+        f"{len(layers)} x {why}, {sum(layer.numbers for layer in layers):,} numbers, e.g. {layers[0].name!r}"
+        for why, layers in groups.items()
+    ]
 
 
 SitePattern = str | Iterable[str] | Callable[[LinearSite], bool]
-
-# Last component of a module's path -> role, over BERT, DeBERTa, DistilBERT, T5, LLaMA-like, GPT-2, OPT, BLOOM, ViT.
-_ROLE_OF_NAME: dict[str, Role] = {
-    **dict.fromkeys(("q", "q_proj", "query", "query_proj", "q_lin", "q_attn"), "q"),
-    **dict.fromkeys(("k", "k_proj", "key", "key_proj", "k_lin"), "k"),
-    **dict.fromkeys(("v", "v_proj", "value", "value_proj", "v_lin"), "v"),
-    **dict.fromkeys(("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"), "qkv"),
-    **dict.fromkeys(("o", "o_proj", "out_proj", "out_lin"), "o"),
-    **dict.fromkeys(("gate_proj", "wi_0"), "gate"),
-    **dict.fromkeys(("up_proj", "wi", "wi_1", "fc1", "lin1", "c_fc", "dense_h_to_4h"), "up"),
-    **dict.fromkeys(("down_proj", "wo", "fc2", "lin2", "dense_4h_to_h"), "down"),
-}
-_ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
-_CROSS_ATTENTION = re.compile(r"encdecattention|encoder_attn|cross_?att(entio)?n", re.IGNORECASE)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -81,41 +100,76 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def find_sites(model: nn.Module) -> tuple[LinearSite, ...]:
-    """All linear layers of `model` that call their own `forward`, in registration order.
+    """All linear layers of `model` that its code calls, in the order of the calls.
 
-    Layers inside `torch.nn.MultiheadAttention` and torch's own transformer layers are left out: those modules read
-    the weights directly, so an adapter around the layer would silently do nothing.
+    Raises:
+        Unsupported: the model carries adapters of the peft package.
     """
-    two_streams = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    blocks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    bypassing = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    bypassed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, bypassing))
-    found = []
-    for name, module in model.named_modules():
+    return survey(model)[0]
+
+
+def survey(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[LeftOut, ...]]:
+    """The sites of a model, and the layers that are none although they look like it.
+
+    Raises:
+        Unsupported: the model carries adapters of the peft package.
+    """
+    modules = dict(model.named_modules())
+    read, of_positions = _as_code_says(model, modules)
+    lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    shapes, left_out = [], []
+    for name in _in_order(model, modules):
+        module, layer = modules[name], _layer(name, lists)
+        if type(module).__module__.startswith("peft."):
+            raise Unsupported(
+                f"{name or 'the model'!r} carries adapters of the peft package, which would be adapted and frozen "
+                "themselves: call merge_and_unload() or unload() of the PeftModel and attach to what it returns"
+            )
         features = linear_features(module)
-        if features is None or name.startswith(bypassed):
-            continue
-        role = _role_by_name(name)
-        stack = _stack(name) if two_streams else "encoder"
-        stream = _stream(name, role, stack)
-        found.append(LinearSite(name, *features, role=role, stream=stream, layer=_layer(name, blocks), stack=stack))
-    return tuple(_with_blocks(_with_roles_by_shape(found)))
+        why = _why_not(module, features, taken=name in read)
+        if why is not None:
+            left_out.append(LeftOut(name, _numbers(module), why, layer))
+        elif features is not None:
+            shapes.append(Shape(name, *features, layer))
+    roles = roles_of(shapes)
+    networks = networks_of(shapes, roles)
+    two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    sites = []
+    for shape in shapes:
+        name, role = shape.name, roles[shape.name]
+        stack = stack_of(name) if two_stacks else "encoder"
+        stream, network = stream_of(name, role, stack), networks.get(name)
+        sites.append(LinearSite(*shape[:3], role, stream, shape.layer, network, stack, name in of_positions))
+    return tuple(sites), tuple(left_out)
 
 
-def select_sites(sites: Sequence[LinearSite], pattern: SitePattern | None) -> tuple[LinearSite, ...]:
+def select_sites(
+    sites: Sequence[LinearSite], pattern: SitePattern | None, exclude: SitePattern | None = None
+) -> tuple[LinearSite, ...]:
     """The sites a pattern means.
 
     Args:
         sites: what `find_sites` returned.
-        pattern: None for every linear layer of the repeated blocks (of the whole model if it has none); a string is
-            a regular expression that must match a whole name; a list holds roles (``"q"``) or ends of names
+        pattern: None for every linear layer of the repeated blocks (of the whole model if it has none) but gates; a
+            string is a regular expression that must match a whole name; a list holds roles (``"q"``) or ends of names
             (``"attention.self.query"``); a callable decides site by site.
+        exclude: a pattern of those to leave out.
 
     Raises:
-        NoMatchingSite: the pattern, or one entry of the list, matches nothing; lists what there is.
+        NoMatchingSite: a pattern, or one entry of a list, matches nothing, or nothing is left; lists what there is.
     """
     if pattern is None:
-        return tuple(site for site in sites if site.layer is not None) or tuple(sites)
+        chosen = [site for site in sites if site.layer is not None and not site.is_gate] or list(sites)
+    else:
+        chosen = _matching(sites, pattern)
+    unwanted = [] if exclude is None else _matching(sites, exclude)
+    kept = tuple(site for site in chosen if site not in unwanted)
+    if not kept:
+        raise NoMatchingSite(_nothing(pattern if exclude is None else exclude, sites))
+    return kept
+
+
+def _matching(sites: Sequence[LinearSite], pattern: SitePattern) -> list[LinearSite]:
     if isinstance(pattern, str):
         expression = re.compile(pattern)
         chosen = [site for site in sites if expression.fullmatch(site.name)]
@@ -129,7 +183,7 @@ def select_sites(sites: Sequence[LinearSite], pattern: SitePattern | None) -> tu
         chosen = [site for site in sites if any(_matches(site, entry) for entry in entries)]
     if not chosen:
         raise NoMatchingSite(_nothing(pattern, sites))
-    return tuple(chosen)
+    return chosen
 
 
 def _matches(site: LinearSite, entry: str) -> bool:
@@ -143,68 +197,59 @@ def _nothing(pattern: object, sites: Sequence[LinearSite]) -> str:
     roles = Counter(site.role for site in sites)
     shown = ", ".join(f"{end} ({count})" for end, count in sorted(ends.items()))
     return (
-        f"{pattern!r} matches none of the model's {len(sites)} linear layers. Their names end in: {shown}; "
+        f"{pattern!r} matches none of the model's {len(sites)} linear layers, or all. Their names end in: {shown}; "
         f"their roles are: {', '.join(sorted(roles))}; the first is {sites[0].name!r}. Give a regular expression for "
         "whole names, or a list of roles or name ends"
     )
 
 
-def _role_by_name(name: str) -> Role:
-    *parents, last = name.split(".")
-    in_attention = any(_ATTENTION.search(parent) for parent in parents)
-    if last == "c_proj":
-        return "o" if in_attention else "down"
-    if last == "dense":  # BERT's naming: the parent says which of its three dense layers this is
-        parent = parents[-1] if parents else ""
-        if parent == "intermediate":
-            return "up"
-        if in_attention:
-            return "o"
-        return "down" if parent == "output" else "other"
-    return _ROLE_OF_NAME.get(last, "other")
+def _in_order(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Names in the order of the calls; a module that has several names under its first registered one."""
+    names = {id(module): name for name, module in modules.items()}
+    called = (names[id(model.get_submodule(name))] for name in names_in_order(model))
+    yield from dict.fromkeys(called)
 
 
-def _stack(name: str) -> Stream:
-    return "decoder" if "decoder" in name.split(".") else "encoder"
+def _as_code_says(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[set[str], set[str]]:
+    """Names of what the model reads past the layer, and of what it calls on tables of positions alone."""
+    read, of_positions = set(), set()
+    for name, module in modules.items():
+        code = code_of(module)
+        read |= {below(name, path) for path in code.read}
+        of_positions |= {below(name, path) for path in code.of_positions}
+    in_sequences = {f"{path}.{name}" for path in of_positions for name, _ in _steps(modules.get(path))}
+    return read, of_positions | in_sequences
 
 
-def _stream(name: str, role: Role, stack: Stream) -> Stream:
-    # Cross-attention projects the encoder's output to keys and values: the encoder's padding applies there.
-    return "encoder" if role in ("k", "v") and _CROSS_ATTENTION.search(name) else stack
+def _steps(module: nn.Module | None) -> Iterable[tuple[str, nn.Module]]:
+    return module.named_children() if isinstance(module, nn.Sequential) else ()
 
 
-def _layer(name: str, blocks: set[str]) -> int | None:
-    parts = name.split(".")
-    for depth, part in enumerate(parts):
-        if part.isdigit() and ".".join(parts[:depth]) in blocks:
-            return int(part)
+def _why_not(module: nn.Module, features: tuple[int, int] | None, *, taken: bool) -> str | None:
+    """Why a module that holds matrices is no site; None for sites, and for what holds none."""
+    if features is not None:
+        if taken:
+            return "the model computes with the weight itself, past any adapter"
+        return "the layer returns more than its output" if code_of(module).several else None
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        return f"{type(module).__name__} is a linear layer of a kind that is not known"
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return "a convolution of width 1" if set(module.kernel_size) == {1} else None
+    if any(parameter.dim() == 3 and len(parameter) > 1 for parameter in module.parameters(recurse=False)):
+        return f"{type(module).__name__} holds several matrices in one parameter"
     return None
 
 
-def _with_roles_by_shape(sites: list[LinearSite]) -> list[LinearSite]:
-    """Give unnamed layers of a block the roles up and down where one undoes the other's widening."""
-    roles: dict[str, Role] = {}
-    unnamed = [site for site in sites if site.role == "other" and site.layer is not None]
-    for up, down in pairwise(unnamed):
-        inverse = (up.in_features, up.out_features) == (down.out_features, down.in_features)
-        if inverse and up.out_features > up.in_features and up.layer == down.layer:
-            roles[up.name], roles[down.name] = "up", "down"
-    return [replace(site, role=roles.get(site.name, site.role)) for site in sites]
+def _numbers(module: nn.Module) -> int:
+    i, o = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(i, int) and isinstance(o, int):
+        return i * o
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() > 1)
 
 
-def _with_blocks(sites: list[LinearSite]) -> list[LinearSite]:
-    """Name the feed-forward network of every up, gate and down projection: their nearest common ancestor."""
-    block_of: dict[str, str] = {}
-    inward = [site for site in sites if site.role in ("up", "gate")]
-    for down in (site for site in sites if site.role == "down"):
-        parts = down.name.split(".")
-        for depth in range(len(parts) - 1, -1, -1):
-            prefix = "".join(f"{part}." for part in parts[:depth])
-            members = [site for site in inward if site.name.startswith(prefix)]
-            if not members:
-                continue
-            widths = {site.out_features for site in members}
-            if sorted(site.role for site in members) in (["up"], ["gate", "up"]) and widths == {down.in_features}:
-                block_of.update({site.name: prefix.rstrip(".") for site in [*members, down]})
-            break
-    return [replace(site, block=block_of.get(site.name)) for site in sites]
+def _layer(name: str, lists: set[str]) -> int | None:
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if part.isdigit() and ".".join(parts[:depth]) in lists:
+            return int(part)
+    return None

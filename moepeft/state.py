@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .context import Runtime, SiteContext
+from .errors import Unsupported
 from .protocols import AdapterFactory
 from .shards import laid_out
-from .sites import LinearSite
+from .sites import LeftOut, LinearSite
 
 SLOT = "moepeft"
 ENTRY = "moepeft_entry"
@@ -35,6 +36,7 @@ class Slot(nn.Module):
         self.inner = inner
         self.shared = shared
         self.rows: tuple[Tensor, ...] | None = None  # see `moepeft.hooks`
+        self.has_run = False
 
 
 class State:
@@ -52,10 +54,17 @@ class State:
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
         without_values: an adapter that was attached on the meta device, until all of them are given values.
+        left_out: layers that carry no adapter although they hold matrices, with the reason.
+        uses_checked: whether a training forward has shown which adapted layers run.
     """
 
     def __init__(
-        self, model: nn.Module, factory: AdapterFactory, sites: tuple[LinearSite, ...], shared: nn.Module | None
+        self,
+        model: nn.Module,
+        factory: AdapterFactory,
+        sites: tuple[LinearSite, ...],
+        shared: nn.Module | None,
+        left_out: tuple[LeftOut, ...] = (),
     ) -> None:
         self.model = model
         self.factory = factory
@@ -68,6 +77,8 @@ class State:
         self.steps = False
         self.stepping_version = 0
         self.without_values: nn.Module | None = None
+        self.left_out = left_out
+        self.uses_checked = False
 
     @property
     def merged(self) -> bool:
@@ -85,12 +96,23 @@ class State:
         return next(parameter.device for _, parameter in self.named_parameters())
 
     def layer(self, site: LinearSite) -> nn.Module:
-        """The frozen layer of a site."""
-        return self.model.get_submodule(site.name)
+        """The frozen layer of a site, wherever it stands by now: peft wraps it and takes its name.
+
+        Raises:
+            Unsupported: another layer was put in its place.
+        """
+        for module in (*_named(self.model, site.name), *self.model.modules()):
+            slot = module._modules.get(SLOT)
+            if isinstance(slot, Slot) and slot.context.site.name == site.name:
+                return module
+        raise Unsupported(
+            f"the layer {site.name!r} was replaced after attach(), and its adapter went with it: call detach(), then "
+            "attach() anew"
+        )
 
     def slot(self, site: LinearSite) -> Slot:
         """What a site's layer carries."""
-        slot = getattr(self.layer(site), SLOT)
+        slot = self.layer(site)._modules[SLOT]
         assert isinstance(slot, Slot)
         return slot
 
@@ -117,6 +139,13 @@ class State:
         for name, module in self.modules():
             prefix = f"{name}."
             load_module(module, {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)})
+
+
+def _named(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    try:
+        yield model.get_submodule(name)
+    except AttributeError:
+        return
 
 
 class Entry(NamedTuple):

@@ -173,14 +173,18 @@ class EPT(MethodConfig):
         return math.gcd(*self.kernels)
 
     def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site, if each side is at least as wide as the largest kernel."""
-        for site in sites:
-            if min(site.in_features, site.out_features) < max(self.kernels):
-                raise Unsupported(
-                    f"EPT's largest kernel {max(self.kernels)} does not fit site {site.name!r} of shape "
-                    f"{site.in_features} -> {site.out_features}: leave the site out or choose smaller kernels"
-                )
-        return sites
+        """Every site whose sides are at least as wide as the largest kernel.
+
+        Raises:
+            Unsupported: there is none.
+        """
+        chosen = [site for site in sites if min(site.in_features, site.out_features) >= max(self.kernels)]
+        if not chosen:
+            raise Unsupported(
+                f"EPT's largest kernel {max(self.kernels)} does not fit site {sites[0].name!r} of shape "
+                f"{sites[0].in_features} -> {sites[0].out_features}, nor any other: choose smaller kernels"
+            )
+        return chosen
 
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """Seed, kernels, router and task table of one site."""

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
-from moepeft.errors import ConfigError, MissingRouting
+from moepeft.errors import ConfigError, Unsupported
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import tucka as _fast
 from moepeft.methods._released.tucka import PRESETS, RECIPES
@@ -124,7 +124,7 @@ class TuckA(MethodConfig):
         )
 
     def shared(self, sites: Sequence[LinearSite]) -> nn.Module:
-        """The router: centroids as wide as the first site's input."""
+        """The router: centroids as wide as the first site's input, and sites stand in the order of their calls."""
         return Router(sites[0], self)
 
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
@@ -142,6 +142,14 @@ class TuckA(MethodConfig):
         return sum(k * p * r * r + r * site.in_features + t * p for site in sites) + k * t * sites[0].in_features
 
 
+class Routing(NamedTuple):
+    """What was chosen, and at which site: the winning group of each row, and its experts' weights."""
+
+    site: str
+    group: Int[Tensor, "rows"]
+    weights: Float[Tensor, "rows t"]
+
+
 class Router(nn.Module):
     """Centroids EC (k t, in) and the choice they make. Every site reads its result."""
 
@@ -151,20 +159,34 @@ class Router(nn.Module):
     def __init__(self, site: LinearSite, config: TuckA) -> None:
         super().__init__()
         self.config = config
-        self.site_name = site.name
         size = (config.groups * config.experts, site.in_features)
         self.centroids = nn.Parameter(uniform(size, (6 / site.in_features) ** 0.5))
         self.register_buffer("initialised", torch.tensor(config.centroids == "kaiming"))
         self._ready = config.centroids == "kaiming"
 
     def route(self, x: Tensor, ctx: SiteContext) -> Tensor:
-        """Choose group and weights from the first site's input and leave them for every site of this forward.
+        """At the first site of this forward, choose group and weights from its input and leave them for every site.
+
+        Which site is the first is seen, not known: the code of the model may call its layers in another order.
 
         Returns:
             The input, for that site.
+
+        Raises:
+            Unsupported: its input is not as wide as the centroids.
         """
-        if ctx.continues and self.config.hold and ctx.get(self.KEY) is not None:
-            return x
+        left = ctx.get(self.KEY)
+        if left is not None:
+            again = ctx.recomputes or (ctx.continues and not self.config.hold)
+            again = again or self.config.positions == "adapted"  # the table of positions is routed by as well
+            if not (again and left.site == ctx.site.name):
+                return x
+        if x.shape[-1] != self.centroids.shape[1]:
+            raise Unsupported(
+                f"TuckA routes by the input of the first adapted layer to run, whose width it took to be "
+                f"{self.centroids.shape[1]}, but {ctx.site.name!r} of width {x.shape[-1]} runs first: leave it out by "
+                f"attach(exclude=[{ctx.site.name!r}])"
+            )
         mask = ctx.mask(x) if self.config.mean == "real" else None
         x, rows = with_row_mean(x, token_shares(x, mask)) if self.config.routing == "row" else (x, _batch_mean(x, mask))
         rows = rows.to(self.centroids.dtype)
@@ -172,7 +194,7 @@ class Router(nn.Module):
             positions = x[..., 0].numel() if mask is None else mask.sum()
             totals = ctx.joint_sum(F.pad(rows, (0, 1), value=1.0) * positions)
             rows = totals[:, :-1] / totals[:, -1:].clamp(min=1)
-        ctx.put(self.KEY, self(rows))
+        ctx.put(self.KEY, Routing(ctx.site.name, *self(rows)))
         return x
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows t"]]:
@@ -274,20 +296,12 @@ class TuckAAdapter(nn.Module):
         self.factor = nn.Parameter(uniform((site.in_features, r), site.in_features**-0.5))
         self.mixing = nn.Parameter(uniform((t, p), t**-0.5))
         self._router = (router,)  # in a tuple: the router is registered once, elsewhere
-        self.is_router_site = router.site_name == site.name
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output for the corrected input."""
         router = self._router[0]
-        if self.is_router_site:
-            x = router.route(x, ctx)
-        routing = ctx.get(Router.KEY)
-        if routing is None:
-            raise MissingRouting(
-                f"site {ctx.site.name!r} ran before TuckA's router at {router.site_name!r}: the first adapted layer "
-                "must run first in every forward; choose `sites` so that it does"
-            )
-        group, weights = routing
+        x = router.route(x, ctx)
+        _, group, weights = ctx.get(Router.KEY)
         ctx.stat("group", group)
         ctx.stat("scores", weights)
         ctx.stat("gates", lambda: router.gates(group, weights))

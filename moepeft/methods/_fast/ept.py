@@ -96,7 +96,8 @@ class _KroneckerUpdate(torch.autograd.Function):
             ctx.save_for_backward(kept, weights, down, up, bank, low, kernel, *where)
             ctx.again = source is not None
             ctx.i_s, ctx.kernels = A.shape[1], [each.shape for each in kernels]
-            return add_together(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype))
+            # As `data`, for autograd would not let a view made in here be changed in place, as Falcon does.
+            return add_together(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype)).data
 
     @staticmethod
     @once_differentiable
