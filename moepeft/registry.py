@@ -28,6 +28,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "loramoe": "moepeft.methods.loramoe:LoRAMoE",
     "adamole": "moepeft.methods.adamole:AdaMoLE",
     "smora": "moepeft.methods.smora:SMoRA",
+    "flylora": "moepeft.methods.flylora:FlyLoRA",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

@@ -180,6 +180,14 @@ def replay_smora(case: Case) -> Replay:
     return replay_layer(case, factory, {"A": "A", "B": "B", "router": "router"}, buffers={"bias": "bias"})
 
 
+def replay_flylora(case: Case) -> Replay:
+    """`flylora__*`: the fork of peft, and its bias after the step."""
+    c = case.config
+    fields = {name: c[name] for name in ("top_k", "alpha", "update_rate")}
+    factory = moepeft.method("flylora@released", rank=c["r"], **fields)
+    return replay_layer(case, factory, {"B": "B"}, buffers={"A": "A", "bias": "bias"})
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
@@ -188,4 +196,5 @@ RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "loramoe": replay_loramoe,
     "adamole": replay_adamole,
     "smora": replay_smora,
+    "flylora": replay_flylora,
 }

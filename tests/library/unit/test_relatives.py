@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -96,3 +97,42 @@ def test_smora_moves_its_bias_towards_idle_ranks() -> None:
     assert torch.equal(adapters.runtime.counted["layer"], torch.tensor([3.0, 0.0, 0.0, 0.0]))
     adapters.after_step()
     assert torch.equal(bias, torch.tensor([8.75, 0.25, 0.25, 0.25]))
+
+
+# ---------------------------------------------------------------------- FlyLoRA
+
+
+def test_flylora_opens_the_ranks_of_the_largest_magnitude() -> None:
+    """Token by token, as the paper says; the golden vectors are of the fork, which chooses by value."""
+    model = nn.Sequential(linear())
+    adapters = randomised(model, moepeft.method("flylora", rank=5, top_k=2, alpha=3.0))
+    adapter = adapters.adapters["0"]
+    adapter.bias.copy_(torch.tensor([0.0, 0.4, -0.4, 0.05, 0.0]))
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        rows = model(x)
+    for token, row in zip(x, rows, strict=True):
+        h = adapter.A @ token
+        magnitude = (h + adapter.bias).abs().tolist()
+        update = sum(h[j] * adapter.B[:, j] for j in sorted(range(5), key=magnitude.__getitem__)[-2:])
+        assert torch.allclose(row, linear()(token) + 3.0 / 5 * update, atol=1e-5)
+
+
+def test_flylora_draws_a_sparse_projection_that_is_saved_and_not_trained() -> None:
+    adapters = moepeft.attach(nn.Sequential(linear(40, 3)), moepeft.method("flylora", rank=8, top_k=2))
+    A = adapters.adapters["0"].A
+    assert ((A != 0).sum(dim=1) == 10).all()
+    assert not torch.equal(A[0] != 0, A[1] != 0)
+    assert 0.5 / 8 < A[A != 0].std() < 2 / 8
+    assert [name for name, _ in adapters.named_parameters()] == ["sites.0.B"]
+    assert "sites.0.A" in adapters.state_dict()
+
+
+@pytest.mark.parametrize(("preset", "reaches"), [("published", True), ("released", False)])
+def test_flylora_released_lets_no_gradient_through_its_projection(preset: str, reaches: bool) -> None:
+    model = nn.Sequential(linear())
+    randomised(model, moepeft.method(f"flylora@{preset}", rank=4, top_k=2))
+    x = torch.randn(3, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    bare = torch.ones(3, 5) @ linear().weight
+    assert torch.allclose(gradient, bare, atol=1e-6) == (not reaches)
