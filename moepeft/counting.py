@@ -7,9 +7,11 @@ named, parameters are told apart by purpose (`moepeft.config.purpose`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .config import purpose
+from .config import purpose, task_number, with_tasks
+from .protocols import AdapterFactory, LinearSite
 from .state import State
 
 
@@ -60,3 +62,9 @@ def count_parameters(state: State) -> ParameterCount:
         base=everything - total,
         sites=len(state.sites),
     )
+
+
+def count_added_by_task(factory: AdapterFactory, sites: Sequence[LinearSite]) -> int:
+    """Trainable numbers that one more task adds, by the method's closed form; 0 of a method that knows no tasks."""
+    tasks = task_number(factory)
+    return 0 if tasks is None else with_tasks(factory, tasks + 1).count(sites) - factory.count(sites)

@@ -27,6 +27,8 @@ from benchmarks.records.failures import one_line, status_of, traceback_tail
 from benchmarks.records.provenance import code_state, gather
 from benchmarks.records.schema import Budget, Parameters, Routing, RunRecord, Status, Timing
 from benchmarks.tasks.base import TaskData
+from moepeft import Attachment
+from moepeft.counting import count_added_by_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,8 @@ def _count(model: AnyModel | None, attachment: Adapters | None, tasks: int) -> P
             base=count.base,
             sites=count.sites,
             tasks=tasks,
+            added_by_task=_count_added(attachment),
+            mergeable=_can_merge(attachment),
         )
     encoder = [] if model is None else list(model.backbone.parameters())
     # Of full fine-tuning everything trains: it counts as the adapter, and as the base it is compared with.
@@ -216,7 +220,23 @@ def _count(model: AnyModel | None, attachment: Adapters | None, tasks: int) -> P
         base=_numbers(encoder),
         sites=0,
         tasks=tasks,
+        added_by_task=0,
+        mergeable=True,
     )
+
+
+def _count_added(attachment: Adapters) -> int | None:
+    """What one more task adds; None of a method without a closed form."""
+    if not isinstance(attachment, Attachment):
+        return None
+    return count_added_by_task(attachment.factory, attachment.sites)
+
+
+def _can_merge(attachment: Adapters) -> bool | None:
+    """Whether the method merges; None of a method that does not say."""
+    if not isinstance(attachment, Attachment):
+        return None
+    return attachment.factory.capabilities.not_mergeable is None
 
 
 def _numbers(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -77,6 +77,12 @@ class Parameters(_Strict):
     base: int = Field(description="frozen numbers of the backbone")
     sites: int
     tasks: int
+    added_by_task: int | None = Field(
+        None, description="numbers of `adapter` that one more task adds, by the closed form; None where none is known"
+    )
+    mergeable: bool | None = Field(
+        None, description="whether merging leaves the plain model, with no number more; None where it is not known"
+    )
 
     @property
     def adapter_per_task(self) -> float:

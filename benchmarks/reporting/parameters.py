@@ -32,7 +32,11 @@ def parameters_table(frame: pd.DataFrame) -> Table:
     notes = (
         (
             "Adapter: trainable numbers without the task heads, counted from the modules; per task: divided by the "
-            f"number of tasks ({tasks}); closed form: the method's own formula."
+            f"number of tasks ({tasks}), as the papers do; closed form: the method's own formula."
+        ),
+        (
+            "Fixed: what does not grow with the tasks. Added by one more task: the closed form for one task more, less "
+            "that for these tasks. After merging: what is left beside the plain model."
         ),
     )
     title = f"Trainable parameters ({name_protocol(frame)})"
@@ -58,8 +62,11 @@ def find_counts(frame: pd.DataFrame, label: str) -> dict[str, int]:
 
 
 def _derive(counts: dict[str, int]) -> dict[str, float | None]:
+    added = counts.get("added_by_task")
     return {
         "adapter_per_task": counts["adapter"] / counts["tasks"],
+        "fixed": None if added is None else counts["adapter"] - added * counts["tasks"],
+        "after_merging": 0 if counts.get("mergeable") else None,
         "share_of_base": counts["adapter"] / counts["base"] if counts["base"] else None,
     }
 
@@ -71,9 +78,16 @@ def _format(counts: dict[str, int]) -> dict[str, str]:
         "sites": str(counts["sites"]),
         "adapter": f"{counts['adapter']:,}",
         "per task": f"{derived['adapter_per_task']:,.0f}",
+        "fixed": _format_count(derived["fixed"]),
+        "added by one more task": _format_count(counts.get("added_by_task")),
+        "after merging": {None: NOT_AVAILABLE, 0: "not mergeable", 1: "0"}[counts.get("mergeable")],
         "shared by sites": f"{counts['adapter_shared']:,}",
         "closed form": f"{counts['adapter_closed_form']:,}",
         "= counted": "yes" if counts["adapter"] == counts["adapter_closed_form"] else "NO",
         "% of backbone": NOT_AVAILABLE if share is None else f"{100 * share:.3f}",
         "heads": f"{counts['heads']:,}",
     }
+
+
+def _format_count(count: float | None) -> str:
+    return NOT_AVAILABLE if count is None else f"{count:,.0f}"

@@ -216,6 +216,21 @@ def test_parameters_are_those_of_the_record():
     assert fact["adapter_per_task"] == pytest.approx(2469)
 
 
+@pytest.mark.parametrize(
+    ("added", "mergeable", "cells"),
+    [
+        (1_000, True, ("7,345", "1,000", "0")),
+        (0, False, ("12,345", "0", "not mergeable")),
+        (None, None, ("n/a", "n/a", "n/a")),
+    ],
+)
+def test_parameters_tell_what_a_further_task_costs_and_what_merging_leaves(added, mergeable, cells):
+    record, _ = make_record(adapter=12_345)
+    counts = record.parameters.model_copy(update={"added_by_task": added, "mergeable": mergeable})
+    row = row_of(parameters_table(frame_of(record.model_copy(update={"parameters": counts}))).text, "alpha")
+    assert (row["fixed"], row["added by one more task"], row["after merging"]) == cells
+
+
 def test_closed_form_that_disagrees_stands_out():
     record, _ = make_record()
     wrong = record.model_copy(update={"parameters": record.parameters.model_copy(update={"adapter_closed_form": 1})})
