@@ -29,6 +29,7 @@ METHODS: dict[str, str | FactoryClass] = {
     "adamole": "moepeft.methods.adamole:AdaMoLE",
     "smora": "moepeft.methods.smora:SMoRA",
     "flylora": "moepeft.methods.flylora:FlyLoRA",
+    "dcft": "moepeft.methods.dcft:DCFT",
 }
 ENTRY_POINT_GROUP = "moepeft.methods"
 

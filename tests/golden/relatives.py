@@ -188,6 +188,20 @@ def replay_flylora(case: Case) -> Replay:
     return replay_layer(case, factory, {"B": "B"}, buffers={"A": "A", "bias": "bias"})
 
 
+def replay_dcft(case: Case) -> Replay:
+    """`dcft__*`: the layer and its constraint. The release keeps the kernel transposed."""
+    c = case.config
+    factory = moepeft.method("dcft@released", alpha=c["scale"])
+    return replay_layer(
+        case,
+        factory,
+        {"A": "A", "B": "B", "C": "C"},
+        into=lambda name, value: value[0, 0].T if name == "C" else value,
+        view=lambda name, grad: grad.T[None, None] if name == "C" else grad,
+        aux_unit=factory.orthogonality,
+    )
+
+
 RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "moslora": replay_moslora,
     "hydralora": replay_hydralora,
@@ -197,4 +211,5 @@ RELATIVES: dict[str, Callable[[Case], Replay]] = {
     "adamole": replay_adamole,
     "smora": replay_smora,
     "flylora": replay_flylora,
+    "dcft": replay_dcft,
 }

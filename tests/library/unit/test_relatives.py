@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
+from moepeft.errors import Unsupported
 from tests.support.hosts import build
 
 
@@ -136,3 +137,28 @@ def test_flylora_released_lets_no_gradient_through_its_projection(preset: str, r
     (gradient,) = torch.autograd.grad(model(x).sum(), x)
     bare = torch.ones(3, 5) @ linear().weight
     assert torch.allclose(gradient, bare, atol=1e-6) == (not reaches)
+
+
+# ---------------------------------------------------------------------- DCFT
+
+
+@pytest.mark.parametrize(("kernel", "rank"), [(2, 1), (3, 2), (4, 1)])
+def test_dcft_is_a_transposed_convolution_where_the_kernel_divides_and_where_not(kernel: int, rank: int) -> None:
+    model = nn.Sequential(linear(13, 10))
+    adapters = randomised(model, moepeft.method("dcft", kernel=kernel, rank=rank, alpha=2.0))
+    adapter = adapters.adapters["0"]
+    seed = (adapter.B @ adapter.A)[None, None]
+    expanded = nn.functional.conv_transpose2d(seed, adapter.C[None, None], stride=kernel)[0, 0]
+    W = torch.zeros(10, 13)
+    W[: expanded.shape[0], : expanded.shape[1]] = expanded
+    assert torch.allclose(adapter.delta_weight(None), 2.0 * W, atol=1e-6)
+    A, B = adapter.lora_factors(None)
+    assert A.shape[0] == rank * kernel
+    assert torch.allclose(adapter.scale * B @ A, 2.0 * W, atol=1e-6)
+    x = torch.randn(3, 4, 13)
+    assert torch.allclose(model(x), linear(13, 10)(x) + 2.0 * x @ W.T, atol=1e-5)
+
+
+def test_dcft_refuses_a_layer_smaller_than_its_kernel() -> None:
+    with pytest.raises(Unsupported, match="kernel=6 is larger than a side of '0' \\(5 x 6\\)"):
+        moepeft.attach(nn.Sequential(linear()), moepeft.method("dcft", kernel=6))
