@@ -113,6 +113,13 @@ class SiteContext:
     runtime: Runtime
     site: LinearSite
 
+    def beside_the_rows(self) -> SiteContext:
+        """The same site for an input that is no row of the batch, such as DeBERTa's table of relative positions.
+
+        No mask and no tasks belong to such an input, and what an adapter records of it is nobody's.
+        """
+        return SiteContext(Runtime(), self.site)
+
     def tasks(self, rows: int) -> Int[Tensor, "rows"]:
         """Task of each of `rows` input rows.
 

@@ -35,11 +35,11 @@ def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> No
         module = model.get_submodule(site.name)
         shared = state.shared if site is state.sites[0] else None
         slot = Slot(adapter, SiteContext(state.runtime, site), module.__dict__.get("forward"), shared)
+        slot.by_row = _by_row(state)
         setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
         bind(module)
     state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
-    capabilities = state.factory.capabilities
-    if capabilities.routing in ("task", "batch") and not capabilities.adapts_positions:
+    if _tells_rows_apart(state):
         for attention in position_readers(model, state.sites):
             attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
             attention.register_forward_hook(_forget_rows, always_call=True)
@@ -47,6 +47,17 @@ def install(model: nn.Module, state: State, adapters: Sequence[nn.Module]) -> No
         setattr(entry, ENTRY, Entry(state, tuple(inspect.signature(entry.forward).parameters)))
         entry.register_forward_pre_hook(_before_forward, with_kwargs=True)
         entry.register_forward_hook(_after_forward, always_call=True)
+
+
+def _by_row(state: State) -> bool:
+    """Whether the update depends on the row as a whole, so that an input that is no row keeps the frozen layer."""
+    capabilities = state.factory.capabilities
+    return capabilities.routing in ("task", "batch") and not capabilities.adapts_positions
+
+
+def _tells_rows_apart(state: State) -> bool:
+    """Whether it matters if an input is rows of the batch: for the update, or for what is counted of tokens."""
+    return _by_row(state) or state.factory.capabilities.routing == "token"
 
 
 def remove(model: nn.Module) -> None:
@@ -78,12 +89,14 @@ def _adapted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         args = (kwargs.pop(_input_name(module)),)
     x, *more = args
     slot: Slot = module.moepeft  # type: ignore[assignment]
-    if not slot.context.runtime.enabled or (slot.rows is not None and all(x is not rows for rows in slot.rows)):
+    context, beside = slot.context, slot.rows is not None and all(x is not rows for rows in slot.rows)
+    if not context.runtime.enabled or (beside and slot.by_row):
         return _frozen_forward(module, x, *more, **kwargs)
     if not slot.has_run and not torch.compiler.is_compiling():
         slot.has_run = True
     frozen = functools.partial(_frozen_forward, module)
-    output: Tensor = slot.adapter(x, _with_arguments(frozen, more, kwargs) if more or kwargs else frozen, slot.context)
+    base = _with_arguments(frozen, more, kwargs) if more or kwargs else frozen
+    output: Tensor = slot.adapter(x, base, context.beside_the_rows() if beside else context)
     return output
 
 

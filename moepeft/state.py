@@ -36,6 +36,7 @@ class Slot(nn.Module):
         self.inner = inner
         self.shared = shared
         self.rows: tuple[Tensor, ...] | None = None  # see `moepeft.hooks`
+        self.by_row = False
         self.has_run = False
 
 

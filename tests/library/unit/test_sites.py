@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 import moepeft
 from moepeft.errors import NoMatchingSite
 from moepeft.sites import find_sites, select_sites
-from tests.support.hosts import WIDTH, build
+from tests.support.hosts import WIDTH, batch, build, output
 
 ROLES = {
     "bert": {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2},
@@ -148,3 +148,26 @@ def test_plain_modules_need_no_transformers() -> None:
     adapters.detach()
     with pytest.raises(TypeError):
         model(torch.randn(5, 8), task_ids=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("method", ["mola", "adamole", "smora"])
+def test_debertas_position_table_counts_as_no_token(method: str) -> None:
+    """The table goes through the projections of query and key after the rows: what they recorded of the rows stays."""
+    recorded = []
+    for sites in (None, ["v"]):  # values are projected from rows alone
+        model = build("deberta").train()
+        torch.manual_seed(0)
+        adapters = moepeft.attach(model, moepeft.method(method), sites)
+        output(model, batch(model, padded=2))
+        runtime = adapters.runtime
+        counts = {**runtime.losses.get("balance", {}), **runtime.counted}
+        recorded.append({name: value for name, value in counts.items() if name.endswith(("query_proj", "value_proj"))})
+    rows, values = recorded
+    assert {name.rpartition(".")[2] for name in rows} == {"query_proj", "value_proj"}
+    rows_counted = {number_of_tokens(counts) for counts in rows.values()}
+    assert rows_counted == {number_of_tokens(counts) for counts in values.values()}
+
+
+def number_of_tokens(counts: torch.Tensor) -> float:
+    """Of a balance loss, whose last row counts tokens, or of a tally of tokens' choices."""
+    return float((counts[-1, 0] if counts.dim() == 2 else counts.sum()).detach())
