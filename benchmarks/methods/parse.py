@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import moepeft
 from benchmarks.methods.base import Method
 from benchmarks.methods.baselines import BASELINES, Bare, HeadsOnly, Majority
@@ -14,11 +16,11 @@ from moepeft.registry import factory_class
 ABLATIONS = "ablations"
 
 
-def parse_methods(text: str, *, num_tasks: int, has_heads: bool = True) -> dict[str, Method]:
+def parse_methods(names: Sequence[str], *, num_tasks: int, has_heads: bool = True) -> dict[str, Method]:
     """Methods by the name they were asked for, the baselines that always run first.
 
     Args:
-        text: comma-separated names, with or without ``@preset``; ``all`` stands for every registered method,
+        names: with or without ``@preset``; ``all`` stands for every registered method,
             ``NAME@ablations`` for a method with everything that it declares can be left out or changed,
             ``peft:NAME`` for one of the peft package.
         num_tasks: number of tasks of the protocol.
@@ -29,7 +31,6 @@ def parse_methods(text: str, *, num_tasks: int, has_heads: bool = True) -> dict[
         UnknownMethod: a name is neither a baseline nor registered, or the baseline of the other kind of answer.
         ConfigError: the method cannot be configured for that many tasks.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
     expanded = [one for name in names for one in _expand(name)]
     ours, other = (HeadsOnly.name, Bare.name) if has_heads else (Bare.name, HeadsOnly.name)
     if other in expanded:

@@ -16,12 +16,12 @@ from benchmarks.protocols.protocol import Suite, load_suite
 class Options:
     """Train methods under one protocol and write tables of parameters, scores and speed."""
 
-    methods: str = "all"
+    methods: tuple[str, ...] = ("all",)
     """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
     can do without; `full` fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML."""
-    tasks: str | None = None
+    tasks: tuple[str, ...] | None = None
     """Comma-separated tasks instead of the suite's own: names, or TOML files that describe own data."""
     data_dir: Path | None = None
     """Folder with the real data as parquet files; without it they come from the hub."""
@@ -30,7 +30,7 @@ class Options:
     tests tiny-bert, tiny-t5, tiny-llama."""
     results: Path | None = None
     """Folder for records and tables; default: results/<suite>."""
-    seeds: str | None = None
+    seeds: tuple[int, ...] | None = None
     """Comma-separated seeds, e.g. 0,1,2."""
     steps: int | None = None
     """Optimiser steps."""
@@ -38,7 +38,7 @@ class Options:
     """Rows per step."""
     learning_rate: float | None = None
     """Peak learning rate."""
-    tune: str | None = None
+    tune: tuple[float, ...] | Literal["none"] | None = None
     """Comma-separated learning rates, e.g. 2e-4,5e-4,1e-3,2e-3, or none: every method tries all of them on rows
     cut from the training rows, with a seed of its own for that, and is reported at its best one."""
     tune_steps: int | None = None
@@ -75,17 +75,17 @@ def resolve_suite(options: Options) -> Suite:
     suite = load_suite(options.suite)
     if options.data_dir is not None and not options.data_dir.is_dir():
         raise UsageError(f"--data-dir {options.data_dir}: no such folder")
-    if not any(name.strip() for name in options.methods.split(",")):
-        raise UsageError(f"--methods {options.methods!r} names no method; leave it out to run all")
+    if not options.methods:
+        raise UsageError("--methods names no method; leave it out to run all")
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: give the number of cells to run at once, 1 or more")
     parse_shard(options.shard)
-    rates = _rates(options.tune)
+    rates = () if options.tune == "none" else options.tune
     if options.learning_rate is not None and (suite.tuning_rates if rates is None else rates):
         raise UsageError("--learning-rate and tuned rates exclude each other; --tune none gives one rate to all")
     return suite.with_overrides(
-        tasks=_task_names(options.tasks) if options.tasks is not None else suite_tasks(suite),
-        seeds=_seeds(options.seeds),
+        tasks=_known_tasks(suite.tasks if options.tasks is None else options.tasks),
+        seeds=options.seeds,
         backbone=options.backbone,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -102,15 +102,6 @@ def resolve_suite(options: Options) -> Suite:
     )
 
 
-def suite_tasks(suite: Suite) -> tuple[str, ...]:
-    """The tasks of a suite, checked to exist."""
-    return _known_tasks(suite.tasks)
-
-
-def _task_names(text: str) -> tuple[str, ...]:
-    return _known_tasks(tuple(name.strip() for name in text.split(",") if name.strip()))
-
-
 def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
     from benchmarks.tasks import TASKS, is_task_file
     from moepeft.errors import did_you_mean
@@ -121,25 +112,6 @@ def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:
     # One order for all ways of writing the same list: the order is part of what a result depends on.
     known = list(TASKS)
     return tuple(sorted(names, key=lambda name: (known.index(name) if name in TASKS else len(known), name)))
-
-
-def _seeds(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() for word in words):
-        raise UsageError(f"--seeds {text!r}: give whole numbers from 0 on, separated by commas, e.g. 0,1,2")
-    return tuple(map(int, words))
-
-
-def _rates(text: str | None) -> tuple[float, ...] | None:
-    if text is None or text.strip() == "none":
-        return None if text is None else ()
-    try:
-        rates = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise UsageError(f"--tune {text!r}: give learning rates separated by commas, e.g. 5e-4,1e-3,2e-3") from None
-    return rates
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:

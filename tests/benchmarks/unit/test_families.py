@@ -417,11 +417,11 @@ def test_the_timing_pass_has_as_many_tokens_for_every_family():
 
 
 def test_heads_are_for_encoders_and_the_bare_model_for_text():
-    assert list(parse_methods("lora", num_tasks=2, has_heads=False)) == ["majority", "bare", "lora"]
+    assert list(parse_methods(("lora",), num_tasks=2, has_heads=False)) == ["majority", "bare", "lora"]
     with pytest.raises(UnknownMethod, match="no heads"):
-        parse_methods("head", num_tasks=2, has_heads=False)
+        parse_methods(("head",), num_tasks=2, has_heads=False)
     with pytest.raises(UnknownMethod, match="random"):
-        parse_methods("bare", num_tasks=2)
+        parse_methods(("bare",), num_tasks=2)
 
 
 def test_a_backbone_of_another_family_is_refused():

@@ -122,7 +122,15 @@ def test_the_tolerance_is_of_the_target():
 
 
 def test_all_methods_of_a_run_are_brought_to_the_size_of_the_reference():
-    methods = parse_methods("ept,lora,full,peft:dora", num_tasks=2)
+    methods = parse_methods(
+        (
+            "ept",
+            "lora",
+            "full",
+            "peft:dora",
+        ),
+        num_tasks=2,
+    )
     source = find_backbone("tiny-bert")
     found, matched = apply_track(suite(), methods, source)
     sites = backbone_sites(source, "encoder")
@@ -142,7 +150,13 @@ def test_all_methods_of_a_run_are_brought_to_the_size_of_the_reference():
 
 
 def test_lora_takes_the_size_of_another_method_as_that_method_takes_the_size_of_lora():
-    methods = parse_methods("lora,moelora", num_tasks=2)
+    methods = parse_methods(
+        (
+            "lora",
+            "moelora",
+        ),
+        num_tasks=2,
+    )
     source = find_backbone("tiny-bert")
     sites = backbone_sites(source, "encoder")
     for reference, other in (("lora", "moelora"), ("moelora", "lora")):
@@ -156,11 +170,11 @@ def test_lora_takes_the_size_of_another_method_as_that_method_takes_the_size_of_
 @pytest.mark.parametrize("reference", ["peft:dora", "full", "head"])
 def test_a_reference_without_a_closed_form_needs_a_target(reference):
     with pytest.raises(UsageError, match="--target-parameters"):
-        apply_track(suite(reference=reference), parse_methods("lora", num_tasks=2), find_backbone("tiny-bert"))
+        apply_track(suite(reference=reference), parse_methods(("lora",), num_tasks=2), find_backbone("tiny-bert"))
 
 
 def test_the_published_track_leaves_all_as_they_are():
-    methods = parse_methods("lora", num_tasks=2)
+    methods = parse_methods(("lora",), num_tasks=2)
     assert apply_track(suite(track="as-published"), methods, find_backbone("tiny-bert")) == (
         suite(track="as-published"),
         methods,
@@ -173,7 +187,7 @@ def test_sites_need_no_weights():
 
 
 def test_tracks_never_share_a_table():
-    methods = parse_methods("lora", num_tasks=2)
+    methods = parse_methods(("lora",), num_tasks=2)
     made, _ = make_record("alpha")
     cells = [
         planned

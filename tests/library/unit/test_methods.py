@@ -449,8 +449,8 @@ def test_ept_without_any_randomness_would_never_train() -> None:
 
 
 def test_ablations_are_chosen_on_the_command_line_together() -> None:
-    names = tuple(parse_methods("tucka@ablations", num_tasks=2))
+    names = tuple(parse_methods(("tucka@ablations",), num_tasks=2))
     assert names[:3] == ("majority", "head", "tucka")
     assert set(names[3:]) == {f"tucka@{one}" for one in ablations(factory_class("tucka"))}
     with pytest.raises(UnknownMethod, match="declares no ablations"):
-        parse_methods("lora@ablations", num_tasks=2)
+        parse_methods(("lora@ablations",), num_tasks=2)
