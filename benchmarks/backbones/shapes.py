@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +39,24 @@ def _llama_2_7b() -> nn.Module:
 
 
 def _deberta_v3_base() -> nn.Module:
-    from transformers import DebertaV2Config, DebertaV2Model
+    from transformers import DebertaV2Model
+
+    model: nn.Module = DebertaV2Model(_deberta_v3_base_config())
+    return model
+
+
+def _deberta_v3_base_classifier() -> nn.Module:
+    from transformers import DebertaV2ForSequenceClassification
+
+    model: nn.Module = DebertaV2ForSequenceClassification(_deberta_v3_base_config())
+    return model
+
+
+def _deberta_v3_base_config() -> Any:
+    from transformers import DebertaV2Config
 
     # microsoft/deberta-v3-base
-    config = DebertaV2Config(
+    return DebertaV2Config(
         hidden_size=768,
         intermediate_size=3072,
         num_hidden_layers=12,
@@ -55,9 +70,8 @@ def _deberta_v3_base() -> nn.Module:
         share_att_key=True,
         pos_att_type=["p2c", "c2p"],
         layer_norm_eps=1e-7,
+        pooler_hidden_size=768,
     )
-    model: nn.Module = DebertaV2Model(config)
-    return model
 
 
 def _minilm() -> nn.Module:
@@ -75,6 +89,7 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
     "t5-base": _t5_base,
     "llama-2-7b": _llama_2_7b,
     "deberta-v3-base": _deberta_v3_base,
+    "deberta-v3-base-classifier": _deberta_v3_base_classifier,
     "minilm": _minilm,
 }
 
