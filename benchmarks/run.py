@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 COMMAND = "python -m benchmarks.run"
+MECHANISMS = "mechanisms"
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     try:
         with _as_usage_errors():
+            if options.suite == MECHANISMS:
+                from benchmarks.mechanisms.command import run_suite
+
+                return run_suite(options, console, " ".join([COMMAND, *words]))
             return _resolve(options, console, " ".join([COMMAND, *words])).execute()
     except UsageError as error:
         stderr.print(f"error: {error}")

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from benchmarks.mechanisms.experiments import Experiment, load_experiment, shortened
+from rich.console import Console
+
+from benchmarks.mechanisms.experiments import Experiment, available_experiments, load_experiment, shortened
 from benchmarks.mechanisms.figures import draw_scores
 from benchmarks.mechanisms.frame import read_choices, read_frame
 from benchmarks.mechanisms.suite import Say, Suite
 from benchmarks.mechanisms.tables import mechanism_tables
+from benchmarks.methods.parse import parse_methods
+from benchmarks.methods.registered import Moepeft
+from benchmarks.plan.options import Options
+from benchmarks.protocols.errors import UsageError
 from benchmarks.records.store import replacing
 from benchmarks.reporting.render import to_csv, to_markdown
+
+KNOWN_FLAGS = ("suite", "methods", "tasks", "seeds", "steps", "jobs", "results")
+
+# What runs without flags must answer in minutes. The files say what the full form is.
+SHORT_EXPERIMENTS, SHORT_SEEDS, SHORT_STEPS = ("conflict",), (0, 1, 2), 300
+FULL = "--tasks all --seeds 0,1,2,3,4,5,6,7,8,9 --steps 0"
+
+
+def run_suite(options: Options, console: Console, command: str) -> int:
+    """Run what the command line asks for; 0 if the tables were written.
+
+    Without `--tasks`, `--seeds` and `--steps` the suite runs in a short form. ``--tasks all`` names every experiment,
+    and ``--steps 0`` leaves each experiment its own number of steps.
+
+    Raises:
+        UsageError: a flag means nothing here, or a name is unknown.
+    """
+    default = Options()
+    for field in fields(Options):
+        if field.name not in KNOWN_FLAGS and getattr(options, field.name) != getattr(default, field.name):
+            flag = field.name.replace("_", "-")
+            raise UsageError(f"--{flag} means nothing with --suite mechanisms; it knows {', '.join(KNOWN_FLAGS[1:])}")
+    methods = [name for name, one in parse_methods(options.methods, num_tasks=2).items() if isinstance(one, Moepeft)]
+    short = options.tasks is None and options.seeds is None and options.steps is None
+    names = options.tasks or SHORT_EXPERIMENTS
+    steps = SHORT_STEPS if short else options.steps or None
+    experiments = load_experiments(
+        available_experiments() if names == ("all",) else names,
+        steps=steps,
+        seeds=options.seeds or (SHORT_SEEDS if short else None),
+    )
+    root = options.results or Path("results") / "mechanisms"
+    run_mechanisms(experiments, methods, root, jobs=options.jobs, command=command, say=console.print)
+    if short:
+        console.print(f"This was the short form. The full form: python -m benchmarks.run --suite mechanisms {FULL}")
+    return 0
 
 
 def run_mechanisms(

@@ -20,7 +20,9 @@ class Options:
     """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
     can do without; `full` fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
-    """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML."""
+    """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML. mechanisms: students of
+    teachers with known truth; its tasks are experiments, and of the flags it knows methods, tasks, seeds, steps, jobs,
+    results."""
     tasks: tuple[str, ...] | None = None
     """Comma-separated tasks instead of the suite's own: names, or TOML files that describe own data."""
     data_dir: Path | None = None

@@ -23,6 +23,7 @@ from benchmarks.mechanisms.tables import interval, multiplier, pairs_table
 from benchmarks.mechanisms.teachers import Curriculum
 from benchmarks.mechanisms.tuning import choose_rate
 from benchmarks.protocols.protocol import UsageError
+from benchmarks.run import main
 
 TINY = Experiment(
     name="tiny",
@@ -230,3 +231,31 @@ def test_the_load_of_experts_is_a_share() -> None:
     assert used.shape == (3, factory.num_experts)  # type: ignore[attr-defined]
     assert used.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-4)
     assert outcome.largest_share == pytest.approx(used.sum(axis=0).max() / 3, abs=1e-4)
+
+
+def test_the_command_runs_an_experiment_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(
+        'question = "?"\nreference = "lora"\noracle = "moelora"\nseeds = [0]\n'
+        "[teacher]\nwidth = 16\ninner = 24\ntasks = 2\n[vary]\nconflict = [1.0]\n"
+        "[lesson]\nsteps = 8\nwarmup = 2\nrows = 8\nexams = []\nexam_rows = 16\n"
+        "[tuning]\nrates = [1e-3, 1e-2]\nseeds = [1000]\nfirst_steps = 2\nextensions = 1\n"
+    )
+    flags = ["--suite", "mechanisms", "--tasks", str(path), "--methods", "more", "--results", str(tmp_path / "out")]
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    for method in ("lora", "more", "moelora"):
+        assert f"| {method} " in printed
+    assert (tmp_path / "out" / "tables" / "own-scores.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(["--backbone", "minilm"], "--backbone"), (["--tasks", "nothing"], "nothing"), (["--methods", "lorra"], "lorra")],
+)
+def test_what_the_suite_does_not_know_is_one_line(
+    flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--suite", "mechanisms", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert named in line
