@@ -44,7 +44,7 @@ def parse_method(name: str, num_tasks: int) -> Method:
     if name in BASELINES:
         return BASELINES[name]
     if name.startswith(SPEC_PREFIX):
-        return PeftMethod.parse(name)
+        return PeftMethod.parse(name, num_tasks)
     return Moepeft(name, moepeft.method(name, num_tasks=num_tasks))
 
 

@@ -1,6 +1,7 @@
 """Methods of the `peft` package as baselines, on the layers that every method here adapts.
 
-Only public functions of `peft` are called.
+Only public functions of `peft` are called. Poly and MHR mix their skills by the row's task: the ids of a call, or of
+`PeftAttachment.route`, reach each of their layers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.methods.base import Method, Refused
 from moepeft.bridges.peft_checkpoints import fan_in_fan_out, import_peft, target_modules
 from moepeft.counting import ParameterCount
-from moepeft.errors import AlreadyAttached, UnknownMethod, Unsupported, did_you_mean
+from moepeft.errors import AlreadyAttached, MissingRouting, UnknownMethod, Unsupported, did_you_mean
 from moepeft.protocols import LinearSite
 from moepeft.sites import SitePattern, find_sites, select_sites
 from moepeft.state import SLOT
@@ -33,7 +35,11 @@ BASELINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "oft": ("OFTConfig", {}),
     "hra": ("HRAConfig", {}),
     "randlora": ("RandLoraConfig", {}),
+    "poly": ("PolyConfig", {}),
+    "mhr": ("PolyConfig", {"n_splits": 4}),
 }
+# Those that route by task, and the option that holds the number of tasks.
+TASKS_OPTION: Mapping[str, str] = {"poly": "n_tasks", "mhr": "n_tasks"}
 SPEC_PREFIX = "peft:"
 
 
@@ -54,9 +60,11 @@ class PeftMethod(Method):
             raise UnknownMethod(f"no method {self.kind!r} of peft runs here.{did_you_mean(self.kind, BASELINES)}")
 
     @classmethod
-    def parse(cls, spec: str) -> PeftMethod:
-        """From what one writes on a command line: ``peft:dora``."""
-        return cls(spec.removeprefix(SPEC_PREFIX))
+    def parse(cls, spec: str, num_tasks: int | None = None) -> PeftMethod:
+        """From what one writes on a command line, ``peft:dora``; methods that know no tasks ignore their number."""
+        kind = spec.removeprefix(SPEC_PREFIX)
+        knows_tasks = num_tasks is not None and kind in TASKS_OPTION
+        return cls(kind, {TASKS_OPTION[kind]: num_tasks} if knows_tasks else {})
 
     @property
     def name(self) -> str:
@@ -96,7 +104,14 @@ class PeftAttachment:
                 model.set_submodule(name, layer)
             self._restore()
             raise
-        self._hook = model.register_forward_pre_hook(_drop_task_ids, with_kwargs=True)
+        for site in sites:  # peft's layers are new, and train; Poly samples its mixture while training
+            model.get_submodule(site.name).train(own_layers[site.name].training)
+        self._routing = _Routing()
+        self._hook = model.register_forward_pre_hook(partial(_take_task_ids, self._routing), with_kwargs=True)
+        if method.kind in TASKS_OPTION:
+            for site in sites:
+                layer = model.get_submodule(site.name)
+                layer.register_forward_pre_hook(partial(_give_task_ids, self._routing, site.name), with_kwargs=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters, under the model's names."""
@@ -119,8 +134,13 @@ class PeftAttachment:
 
     @contextmanager
     def route(self, *, task_ids: Tensor | list[int] | int) -> Iterator[None]:
-        """Nothing routes here: the ids are ignored."""
-        yield
+        """Inside, rows have these task ids; one id stands for all rows. Methods that know no tasks ignore them."""
+        before, self._routing.routed = self._routing.routed, torch.as_tensor(task_ids).reshape(-1)
+        self._routing.of_call = None
+        try:
+            yield
+        finally:
+            self._routing.routed = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -134,7 +154,7 @@ class PeftAttachment:
         return ParameterCount(
             total=total,
             shared=0,
-            task_tables=0,
+            task_tables=sum(p.numel() for name, p in self.named_parameters() if ".poly_router." in name),
             router=0,
             closed_form=total,
             base=self._base,
@@ -198,8 +218,37 @@ def attach_peft(model: nn.Module, name: str, *, sites: SitePattern | None = None
         raise Unsupported(f"peft cannot put {name} onto this {type(model).__name__}: {error}") from error
 
 
-def _drop_task_ids(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+@dataclass
+class _Routing:
+    """Task ids of the rows: those of the call under way, or of `PeftAttachment.route`.
+
+    A call's stay until the next one begins: gradient checkpointing recomputes layers during backward.
+    """
+
+    routed: Tensor | None = None
+    of_call: Tensor | None = None
+
+
+def _take_task_ids(
+    routing: _Routing, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs.pop("task_ids", None)
+    ids = kwargs.pop("task_ids", None)
+    routing.of_call = None if ids is None else torch.as_tensor(ids)
     return args, kwargs
+
+
+def _give_task_ids(
+    routing: _Routing, site: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ids = routing.routed if routing.of_call is None else routing.of_call
+    if layer.disable_adapters:
+        return args, kwargs
+    rows = args[0].shape[0]
+    if ids is None or rows % len(ids):
+        given = "none" if ids is None else f"{len(ids)}"
+        raise MissingRouting(
+            f"layer {site!r} mixes its skills by task: got {given} task ids for {rows} rows, pass one per row to the "
+            "model call, or call it inside `with adapters.route(task_ids=...)`"
+        )
+    # Beam search repeats every row in place.
+    return args, {**kwargs, "task_ids": ids.to(args[0].device).repeat_interleave(rows // len(ids))}

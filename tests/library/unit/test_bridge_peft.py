@@ -25,7 +25,7 @@ from moepeft.errors import (
     Unsupported,
 )
 from moepeft.methods.lora import LoRA
-from tests.support.hosts import batch, build, output
+from tests.support.hosts import batch, build, output, rows_of
 
 peft = pytest.importorskip("peft")
 
@@ -303,7 +303,7 @@ def test_baseline_attaches_trains_rests_and_leaves(host: str, name: str) -> None
     keys, layers = list(model.state_dict()), dict(model.named_modules())
     model.requires_grad_(False)
     expected = run(model, inputs)
-    baseline = PeftMethod.parse(f"peft:{name}")
+    baseline = PeftMethod.parse(f"peft:{name}", TASKS)
     adapters = baseline.attach(model)
     assert [site.name for site in adapters.sites] == [s.name for s in moepeft.attach(build(host), LoRA()).sites]
     ids = torch.tensor([0, 1, 2, 0])
@@ -316,7 +316,7 @@ def test_baseline_attaches_trains_rests_and_leaves(host: str, name: str) -> None
         loss.backward()
         optimiser.step()
     assert all(parameter.grad is not None for parameter in adapters.parameters())
-    assert not torch.allclose(run(model, inputs), expected, atol=1e-5)
+    assert not torch.allclose(run(model, inputs, task_ids=ids), expected, atol=1e-5)
     with adapters.disabled():
         assert torch.equal(run(model, inputs), expected)
     count = adapters.parameter_count()
@@ -364,3 +364,32 @@ def test_misuse_of_baselines_is_loud_and_leaves_the_model_alone() -> None:
     moepeft.attach(model, LoRA())
     with pytest.raises(AlreadyAttached):
         attach_peft(model, "lora")
+
+
+@pytest.mark.parametrize("name", ["poly", "mhr"])
+def test_poly_mixes_skills_by_the_task_of_the_row(name: str) -> None:
+    """A batch of mixed tasks equals its rows one by one, by call, by `route`, and in beam search."""
+    model = build("t5")
+    adapters = PeftMethod.parse(f"peft:{name}", TASKS).attach(model)
+    perturb(adapters.parameters())
+    inputs, ids = batch(model), torch.tensor([0, 1, 2, 0])
+    together = run(model, inputs, task_ids=ids)
+    alone = torch.cat([run(model, rows_of(inputs, [row]), task_ids=ids[[row]]) for row in range(4)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(together, run(model, inputs, task_ids=ids.flip(0)), atol=1e-3)
+    with adapters.route(task_ids=ids):
+        assert torch.equal(run(model, inputs), together)
+        source = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
+        options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+        beams = model.generate(**source, **options)
+    for row in range(4):
+        with adapters.route(task_ids=int(ids[row])):
+            assert torch.equal(model.generate(**rows_of(source, [row]), **options)[0], beams[row])
+    assert adapters.parameter_count().task_tables == len(adapters.sites) * TASKS * 4 * (4 if name == "mhr" else 1)
+
+
+def test_poly_refuses_rows_without_a_task() -> None:
+    model = build("bert")
+    PeftMethod.parse("peft:poly", TASKS).attach(model)
+    with pytest.raises(MissingRouting, match="none task ids for 4 rows"):
+        run(model, batch(model))
