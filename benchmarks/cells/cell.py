@@ -25,7 +25,7 @@ from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.records.failures import one_line, status_of, traceback_tail
 from benchmarks.records.provenance import code_state, gather
-from benchmarks.records.schema import Budget, Parameters, Routing, RunRecord, Status, Timing
+from benchmarks.records.schema import Parameters, Routing, RunRecord, Status, Timing
 from benchmarks.tasks.base import TaskData
 from moepeft import Attachment
 from moepeft.counting import count_added_by_task
@@ -79,7 +79,6 @@ class _Findings:
 
     log: TrainingLog = field(default_factory=TrainingLog)
     ledger: Ledger | None = None
-    optimiser: str | None = None
     backbone: str | None = None
     parameters: Parameters | None = None
     evaluation: Evaluation | None = None
@@ -87,11 +86,6 @@ class _Findings:
     routing: Routing | None = None
     setup_seconds: float = 0.0
     evaluate_seconds: float = 0.0
-
-    def budget(self) -> Budget | None:
-        if self.ledger is None:
-            return None
-        return self.ledger.budget().model_copy(update={"optimiser": self.optimiser})
 
     def timing(self) -> Timing:
         steps = self.measurement
@@ -134,7 +128,7 @@ def run_cell(
         status=status,
         reason=reason,
         traceback=trace,
-        budget=found.budget(),
+        budget=None if found.ledger is None else found.ledger.budget(),
         parameters=found.parameters,
         scores={} if evaluation is None else evaluation.scores,
         timing=found.timing(),
@@ -167,7 +161,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
         found.ledger = Ledger([task.spec.name for task in bench.tasks])
         batches = training_batches(bench.tasks, family, seed, found.ledger, bench.device)
         train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
-        found.optimiser = trainer.account()
+        found.ledger.optimiser = trainer.account()
 
     start = time.perf_counter()
     autocast = protocol.precision == "bf16"

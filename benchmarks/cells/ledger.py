@@ -19,6 +19,8 @@ class Ledger:
         self._hash = hashlib.sha256()
         self._rows = dict.fromkeys(self._names, 0)
         self._steps = self._sequences = self._tokens = self._padded_tokens = 0
+        self.optimiser: str | None = None
+        """What the optimiser did, as it says after the last step."""
 
     def add(self, rows: Sequence[tuple[int, Row]], batch: Batch) -> None:
         """Enter one training batch."""
@@ -43,4 +45,5 @@ class Ledger:
             tokens=self._tokens,
             padded_tokens=self._padded_tokens,
             rows_per_task=dict(self._rows),
+            optimiser=self.optimiser,
         )

@@ -1,7 +1,7 @@
 """How a trained method routes: which experts each task uses at each site, and where its task embeddings went.
 
-It reads what adapters record under ``gates`` (`moepeft.context.SiteContext.stat`) and parameters that are called
-`task_embedding`; it knows no method.
+It reads what adapters record under ``gates`` (`moepeft.context.SiteContext.stat`), and the parameters of which the
+method says that they hold a row per task (`moepeft.config.purpose`). It knows no method.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.families import AnyFamily, AnyModel
 from benchmarks.families.batch import Row
 from benchmarks.records.schema import EmbeddingMap, Routing, SiteRouting, TaskEmbeddings
 from moepeft import Attachment
+from moepeft.config import purpose
 from moepeft.context import SiteContext
 from moepeft.protocols import LinearSite
 
@@ -31,7 +32,6 @@ DIGITS = 4
 """Significant digits that are kept."""
 
 GATES = "gates"
-EMBEDDING = "task_embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def collect(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, 
                     key = site.name, task
                     found = _Choices.of(_of_real_tokens(attachment, site, stats[site.name][GATES]))
                     choices[key] = choices[key] + found if key in choices else found
-    embeddings = _embeddings(attachment)
+    embeddings = _embeddings(attachment, len(tasks))
     if not choices and embeddings is None:
         return None
     by_site = [(site, [choices.get((site.name, task)) for task in range(len(tasks))]) for site in attachment.sites]
@@ -136,11 +136,12 @@ def _site_routing(site: LinearSite, choices: Sequence[_Choices]) -> SiteRouting:
 # ---------------------------------------------------------------------- task embeddings
 
 
-def _embeddings(attachment: Attachment) -> TaskEmbeddings | None:
+def _embeddings(attachment: Attachment, tasks: int) -> TaskEmbeddings | None:
+    """What the tables of shape (tasks, width) say; tables of a matrix per task are no embeddings."""
     tables = [
-        (name.removesuffix(f".{EMBEDDING}").removeprefix("sites."), parameter.detach().double().cpu())
+        (name.rpartition(".")[0].removeprefix("sites."), parameter.detach().double().cpu())
         for name, parameter in attachment.named_parameters()
-        if name.rpartition(".")[2] == EMBEDDING
+        if purpose(attachment.factory, name) == "task_table" and parameter.dim() == 2 and len(parameter) == tasks
     ]
     if not tables:
         return None
