@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import moepeft
 from benchmarks.methods.base import Method
 from benchmarks.methods.baselines import BASELINES, Bare, HeadsOnly, Majority
+from benchmarks.methods.own import SUFFIX, OwnMethod, load_own_method
 from benchmarks.methods.peft import SPEC_PREFIX, PeftMethod
 from benchmarks.methods.registered import Moepeft
 from moepeft.config import ablations
@@ -22,7 +23,7 @@ def parse_methods(names: Sequence[str], *, num_tasks: int, has_heads: bool = Tru
     Args:
         names: with or without ``@preset``; ``all`` stands for every registered method,
             ``NAME@ablations`` for a method with everything that it declares can be left out or changed,
-            ``peft:NAME`` for one of the peft package.
+            ``peft:NAME`` for one of the peft package, ``path/to/file.py:Class`` for one of one's own.
         num_tasks: number of tasks of the protocol.
         has_heads: whether heads answer. Where answers are text there are none to train alone, but the bare model
             can be scored.
@@ -36,7 +37,9 @@ def parse_methods(names: Sequence[str], *, num_tasks: int, has_heads: bool = Tru
     if other in expanded:
         reason = "its heads would be random" if has_heads else "answers are text, there are no heads"
         raise UnknownMethod(f"{other!s} means nothing for this family of models: {reason}. {ours!s} is always run.")
-    return {name: parse_method(name, num_tasks) for name in (str(Majority.name), str(ours), *expanded)}
+    methods = {name: parse_method(name, num_tasks) for name in (str(Majority.name), str(ours), *expanded)}
+    # A path is no name: tables and records call a method of one's own as its class does.
+    return {method.name if isinstance(method, OwnMethod) else name: method for name, method in methods.items()}
 
 
 def parse_method(name: str, num_tasks: int) -> Method:
@@ -45,6 +48,8 @@ def parse_method(name: str, num_tasks: int) -> Method:
         return BASELINES[name]
     if name.startswith(SPEC_PREFIX):
         return PeftMethod.parse(name, num_tasks)
+    if SUFFIX in name:
+        return load_own_method(name, num_tasks)
     return Moepeft(name, moepeft.method(name, num_tasks=num_tasks))
 
 

@@ -18,7 +18,8 @@ class Options:
 
     methods: tuple[str, ...] = ("all",)
     """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
-    can do without; `full` fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
+    can do without; path/to/file.py:Class for one of your own; `full` fine-tuning. The rows
+    `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML. mechanisms: students of
     teachers with known truth; its tasks are experiments, and of the flags it knows methods, tasks, seeds, steps, jobs,
