@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.cells.data import TokenisedTask
 from benchmarks.families import AnyFamily, AnyModel
-from benchmarks.families.batch import Row
+from benchmarks.families.batch import Batch, Row
 from benchmarks.records.schema import EmbeddingMap, Routing, SiteRouting, TaskEmbeddings
 from moepeft import Attachment
 from moepeft.config import purpose
@@ -81,21 +81,11 @@ def collect(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, 
     attachment = model.attachment
     if not isinstance(attachment, Attachment):
         return None
-    device = next(model.parameters()).device
     choices: dict[tuple[str, int], _Choices] = {}
     for task, rows in _batches(tasks):
-        batch = family.training_batch(rows).to(device)
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-            attachment.recording() as stats,
-        ):
-            model(batch)
-            for site in attachment.sites:
-                if GATES in stats.get(site.name, {}):
-                    key = site.name, task
-                    found = _Choices.of(_of_real_tokens(attachment, site, stats[site.name][GATES]))
-                    choices[key] = choices[key] + found if key in choices else found
+        for site, seen in _look(model, attachment, family.training_batch(rows), autocast=autocast):
+            key = site.name, task
+            choices[key] = choices[key] + seen if key in choices else seen
     embeddings = _embeddings(attachment, len(tasks))
     if not choices and embeddings is None:
         return None
@@ -107,6 +97,24 @@ def collect(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, 
         sites=[_site_routing(site, [one for one in found if one is not None]) for site, found in by_site if all(found)],
         embeddings=embeddings,
     )
+
+
+def _look(
+    model: AnyModel, attachment: Attachment, batch: Batch, *, autocast: bool
+) -> list[tuple[LinearSite, _Choices]]:
+    """What every site that records gates has chosen in one forward pass."""
+    device = next(model.parameters()).device
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+        attachment.recording() as stats,
+    ):
+        model(batch.to(device))
+        return [
+            (site, _Choices.of(_of_real_tokens(attachment, site, stats[site.name][GATES])))
+            for site in attachment.sites
+            if GATES in stats.get(site.name, {})
+        ]
 
 
 def _batches(tasks: Sequence[TokenisedTask]) -> Iterator[tuple[int, list[tuple[int, Row]]]]:
