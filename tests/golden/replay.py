@@ -98,10 +98,13 @@ class Replay:
         return found
 
 
+def parts(name: str) -> list[str]:
+    """Golden names of what one parameter stacks: ``kernel.0|kernel.1|``. The last bar tells one from none."""
+    return name.rstrip("|").split("|")
+
+
 def _split(name: str, value: Tensor) -> list[tuple[str, Tensor]]:
-    """A leaf named ``kernel.0|kernel.1`` stacks several golden tensors along its first dimension."""
-    names = name.split("|")
-    return [(name, value)] if len(names) == 1 else list(zip(names, value, strict=True))
+    return list(zip(parts(name), value, strict=True)) if "|" in name else [(name, value)]
 
 
 class Host(nn.Module):
@@ -175,7 +178,7 @@ def _kernels(case: Case) -> dict[str, str]:
     sizes = case.config["kernel_sizes"]
     scales = sorted(set(sizes))
     return {
-        f"kernels.{index}": "|".join(f"kernel.{e}" for e, size in enumerate(sizes) if size == s)
+        f"kernels.{index}": "".join(f"kernel.{e}|" for e, size in enumerate(sizes) if size == s)
         for index, s in enumerate(scales)
     }
 
@@ -188,7 +191,7 @@ def replay_ept_paper(case: Case) -> Replay:
     )
     stacked = _kernels(case)
     parameters = {"A": t["A"], "B": t["B"]}
-    parameters |= {own: torch.stack([t[name] for name in golden.split("|")]) for own, golden in stacked.items()}
+    parameters |= {own: torch.stack([t[name] for name in parts(golden)]) for own, golden in stacked.items()}
     host, attachment = _single_site(case, factory, parameters)
     adapter = attachment.adapters["base"]
     x, logits = _leaf(case, "x"), _leaf(case, "router_logits")
@@ -245,7 +248,7 @@ def replay_ept_released(case: Case) -> Replay:
     )
     stacked = _kernels(case)
     parameters = {name: t[name] for name in _GATED}
-    parameters |= {own: torch.stack([t[n][0, :, :, 0] for n in golden.split("|")]) for own, golden in stacked.items()}
+    parameters |= {own: torch.stack([t[n][0, :, :, 0] for n in parts(golden)]) for own, golden in stacked.items()}
     names = {name: name for name in _GATED} | {golden: own for own, golden in stacked.items()}
     replay = _run_contrastive(case, factory, parameters, names)
     replay.view = lambda name, grad: grad[None, :, :, None] if name.startswith("kernel.") else grad
