@@ -23,6 +23,7 @@ from .config import task_number
 from .context import SiteContext
 from .errors import MissingRouting, Unsupported
 from .protocols import Base, Stepping
+from .reading import code_of
 from .roles import Stream
 from .sites import LinearSite
 from .state import ENTRY, SLOT, Entry, Slot, State
@@ -176,11 +177,12 @@ def _name_the_unused(state: State) -> None:
 def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.Module]:
     """Attention modules that send their table of relative positions through the same projections as the rows.
 
-    DeBERTa does. The table belongs to no row, so an update that depends on the row leaves it frozen.
+    DeBERTa v2 does. The table belongs to no row, so an update that depends on the row leaves it frozen.
     """
     parents = {site.name.rpartition(".")[0] for site in sites}
     modules = (model.get_submodule(name) for name in sorted(parents))
-    return [module for module in modules if getattr(module, "relative_attention", False)]
+    shared = (module for module in modules if code_of(module).also_of_positions)
+    return [module for module in shared if getattr(module, "relative_attention", False)]
 
 
 def _note_rows(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

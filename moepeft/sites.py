@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .errors import NoMatchingSite, Unsupported
-from .reading import below, code_of, names_in_order
+from .reading import below, code_of, names_in_order, weights_read
 from .roles import Role, Shape, Stream, networks_of, roles_of, stack_of, stream_of
 
 _GATE = re.compile(r"(^|[._])(gate|router)(\.classifier)?$")
@@ -215,7 +215,7 @@ def _as_code_says(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[set[
     read, of_positions = set(), set()
     for name, module in modules.items():
         code = code_of(module)
-        read |= {below(name, path) for path in code.read}
+        read |= {below(name, path) for path in weights_read(module)}
         of_positions |= {below(name, path) for path in code.of_positions}
     in_sequences = {f"{path}.{name}" for path in of_positions for name, _ in _steps(modules.get(path))}
     return read, of_positions | in_sequences

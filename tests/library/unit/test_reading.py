@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartModel,
+    BloomConfig,
+    BloomModel,
     DebertaConfig,
     DebertaModel,
     JambaConfig,
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 import moepeft
-from moepeft.reading import code_of, names_in_order
+from moepeft.reading import names_in_order, weights_read
 from moepeft.sites import find_sites, survey
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -118,7 +120,7 @@ def test_the_first_site_is_the_first_to_run(model: Any, inputs: dict[str, Tensor
 def test_every_module_is_named_once_per_place() -> None:
     host = nn.TransformerEncoderLayer(8, 2, 16)
     assert sorted(names_in_order(host)) == sorted(name for name, _ in host.named_modules())
-    assert {"linear1", "linear2"} <= code_of(host).read
+    assert {"linear1", "linear2"} <= weights_read(host)
 
 
 def test_a_weight_that_one_branch_multiplies_by_hand_is_left_out() -> None:
@@ -138,6 +140,13 @@ def test_a_weight_that_one_branch_multiplies_by_hand_is_left_out() -> None:
     assert not any(site.name.endswith("dt_proj") for site in find_sites(jamba))
     deberta = DebertaModel(DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["c2p", "p2c"]))
     assert sum(site.role == "qkv" for site in find_sites(deberta)) == 2
+
+
+@pytest.mark.parametrize(("shards", "sites"), [(1, 8), (2, 4)])
+def test_conditions_are_read_as_the_model_is_configured(shards: int, sites: int) -> None:
+    """BLOOM multiplies slices of its weights itself only to reproduce how it was trained."""
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, pretraining_tp=shards, slow_but_exact=True)
+    assert len(find_sites(BloomModel(config))) == sites
 
 
 @pytest.mark.parametrize("method", ["moelora", "mola", "tucka"])
