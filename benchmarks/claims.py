@@ -24,8 +24,7 @@ from torch import nn
 
 import moepeft
 from benchmarks.backbones.shapes import build_shape
-from moepeft.config import with_tasks
-from moepeft.counting import ParameterCount
+from moepeft.counting import ParameterCount, count_added_by_task
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 CONVENTIONS = ("all trainable", "without task tables", "adapter core only")
@@ -122,7 +121,7 @@ def measure(claim: Claim) -> Counts:
         raise AssertionError(f"{claim.method}: modules hold {count.total}, the closed form says {count.closed_form}")
     return Counts(
         per_task={name: number / claim.tasks for name, number in _conventions(count).items()},
-        one_more_task=with_tasks(factory, claim.tasks + 1).count(sites) - count.total,
+        one_more_task=count_added_by_task(factory, sites),
         merged=0 if factory.capabilities.not_mergeable is None else count.total,
         share=100 * count.total / (count.base + count.total),
     )

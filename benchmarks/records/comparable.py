@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,20 +38,6 @@ class MethodRuns:
     def finished(self) -> tuple[RunRecord, ...]:
         """The runs that ended well."""
         return tuple(record for record in self.records if record.status == "ok")
-
-    @property
-    def failure(self) -> str:
-        """Statuses of the runs that did not end well: ``oom``, or ``2 diverged, 1 oom``."""
-        counts = Counter(record.status for record in self.records if record.status != "ok")
-        if len(counts) == 1 and not self.finished:
-            return next(iter(counts))
-        return ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-
-    @property
-    def seeds(self) -> str:
-        """How many runs the figures stand on: ``3``, or ``2 of 3 (1 oom)``."""
-        finished, total = len(self.finished), len(self.records)
-        return str(total) if finished == total else f"{finished} of {total} ({self.failure})"
 
 
 @dataclass(frozen=True, slots=True)
