@@ -64,7 +64,7 @@ def _main(options: Options, command: str) -> int:
     transformers.utils.logging.set_verbosity_error()
     provenance = gather(device, options.precision, command)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    host = build_host(options.host, layers=options.layers, device=device, dtype=dtype)
+    host = build_host(options.host, layers=options.layers, device=device, dtype=dtype, tiny=options.tiny)
     outcome = (_grow if options.grow else _compare)(options, entries, host)
     return _conclude(options, outcome, provenance, device)
 

@@ -41,6 +41,7 @@ class Contestant:
         trains: whether a training step goes backward.
         merged: its update is folded into the weights while it has its turn.
         by_definition: it is computed without fast paths.
+        sites: how many layers are adapted.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Contestant:
     trains: bool = True
     merged: bool = False
     by_definition: bool = False
+    sites: int = 0
 
     @property
     def eager(self) -> Contestant:
@@ -116,7 +118,7 @@ def reference(
     config = LoraConfig(r=rank, target_modules=names)
     model: nn.Module = get_peft_model(sharing_copy(host), config)
     trained = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
-    return Contestant(reference_label(rank), model, _callable(model, compiled), trained)
+    return Contestant(reference_label(rank), model, _callable(model, compiled), trained, sites=len(names))
 
 
 def reference_label(rank: int = REFERENCE_RANK) -> str:
@@ -149,8 +151,15 @@ def adapted(label: str, host: nn.Module, entry: Entry, sites: Sequence[str] | No
     model = sharing_copy(host)
     attachment = moepeft.attach(model, entry.factory, sites)
     parameters = tuple(attachment.parameters())
-    call = _callable(model, compiled)
-    return Contestant(label, model, call, parameters, attachment, by_definition=entry.by_definition)
+    return Contestant(
+        label,
+        model,
+        _callable(model, compiled),
+        parameters,
+        attachment,
+        by_definition=entry.by_definition,
+        sites=attachment.parameter_count().sites,
+    )
 
 
 def merged(contestant: Contestant) -> Contestant | None:
@@ -196,7 +205,7 @@ class Lineup:
 
     def of(self, mode: Mode) -> list[Contestant]:
         """Who takes part: inference has no gradients, but merged models."""
-        if mode == "train":
+        if mode in ("train", "host"):
             return [self.forward_only, self.frozen, *self.others]
         chosen = [replace(self.forward_only, label=FROZEN)]
         for contestant in self.others:

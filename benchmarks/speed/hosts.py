@@ -33,7 +33,20 @@ class FeedForward(nn.Module):
         return output
 
 
-def build_host(name: str, *, layers: int | None, device: torch.device, dtype: torch.dtype) -> nn.Module:
+# What the configurations call their sizes.
+_TINY_SIZES = {
+    **dict.fromkeys(("num_layers", "num_hidden_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("d_model", "hidden_size"), 32),
+    **dict.fromkeys(("d_ff", "intermediate_size"), 64),
+    "d_kv": 8,
+    "vocab_size": 64,
+}
+
+
+def build_host(
+    name: str, *, layers: int | None, device: torch.device, dtype: torch.dtype, tiny: bool = False
+) -> nn.Module:
     """A model of the named shape (`benchmarks.backbones.shapes`), its weights drawn on `device` in `dtype`.
 
     Args:
@@ -41,6 +54,7 @@ def build_host(name: str, *, layers: int | None, device: torch.device, dtype: to
         layers: keep only so many layers (of encoder and decoder each); None keeps all.
         device: where the weights live.
         dtype: their type.
+        tiny: cut the model down to two layers of width 32.
 
     Raises:
         UsageError: there is no such shape, or it has fewer layers.
@@ -57,6 +71,9 @@ def build_host(name: str, *, layers: int | None, device: torch.device, dtype: to
             return build_shape(name, device)
     # Dropout costs the same for all and would hide differences. Its rates are read while the model is built.
     set_dropout(config, 0.0)
+    if tiny:
+        for size in [size for size in _TINY_SIZES if hasattr(config, size)]:
+            setattr(config, size, _TINY_SIZES[size])
     if layers is not None:
         _keep_layers(config, name, layers)
     with _default_dtype(dtype), torch.device(device):

@@ -14,9 +14,10 @@ from benchmarks.protocols.errors import UsageError
 if TYPE_CHECKING:
     from moepeft.protocols import AdapterFactory
 
-Mode = Literal["train", "prefill", "decode"]
+Mode = Literal["train", "prefill", "decode", "host"]
 Axis = Literal["experts", "rank", "length", "tasks"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+AT_TRUE_SHAPES: tuple[Mode, ...] = ("train", "prefill", "decode")
 
 DEFAULT_BACKBONE = "minilm"
 GROWTH_LAYER = "768x768"
@@ -33,8 +34,9 @@ class Options:
     """Methods, each with or without @preset; `all` registered ones."""
     fields: list[str] = field(default_factory=list)
     """Hyper-parameters over the preset's, each as NAME:KEY=VALUE, e.g. name:rank=16 "name@preset:kernels=(2, 4)"."""
-    mode: tuple[Mode, ...] = MODES
-    """What to time; decode needs a model that generates."""
+    mode: tuple[Mode, ...] = AT_TRUE_SHAPES
+    """What to time; decode needs a model that generates. host, on its own: a training step of 4 x 16 tokens on a model
+    of this kind with two layers of width 32, so small that the step is all dispatch."""
     rows: int = 32
     """Sequences per training step."""
     length: int = 64
@@ -80,6 +82,11 @@ class Options:
         return self.backbone or (GROWTH_LAYER if self.grow else DEFAULT_BACKBONE)
 
     @property
+    def tiny(self) -> bool:
+        """Whether the host is cut down to two layers of width 32."""
+        return "host" in self.mode and not self.grow
+
+    @property
     def autocasts(self) -> bool:
         """Whether the forward runs under autocast."""
         return self.dtype == "bf16" and self.autocast
@@ -94,12 +101,12 @@ class Options:
         """The host in words."""
         kept = "" if self.layers is None else f", {self.layers} layer{'s' if self.layers > 1 else ''} of it"
         how = f", {self.dtype}{', compiled' if self.compile else ''}"
-        return f"{self.host}{kept}{how}"
+        return f"{self.host}{', cut down to width 32' if self.tiny else kept}{how}"
 
     @property
     def stem(self) -> str:
         """Name of the table's file: what does not compare has a file of its own."""
-        parts = ["speed", *(["growth"] if self.grow else []), self.host]
+        parts = ["speed", *(["growth"] if self.grow else []), *(["host"] if self.tiny else []), self.host]
         parts += [] if self.layers is None else [f"{self.layers}layers"]
         parts += ["bf16"] if self.dtype == "bf16" else []
         parts += ["compile"] if self.compile else []
@@ -119,6 +126,8 @@ def check(options: Options) -> None:
         raise UsageError(f"--inference-rows {options.inference_rows}: give whole numbers from 1 on, e.g. 1,16")
     if options.peak_tflops is not None and not 0 < options.peak_tflops < float("inf"):
         raise UsageError(f"--peak-tflops {options.peak_tflops}: give a number above 0")
+    if options.tiny and (options.mode != ("host",) or options.layers or single_layer(options.host)):
+        raise UsageError("--mode host: give it alone, without --layers, for a model: its shapes are not the true ones")
     if options.grow and single_layer(options.host) is None:
         raise UsageError(f"--grow is measured on one layer: give --backbone as INxOUT, not {options.host!r}")
 

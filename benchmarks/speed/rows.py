@@ -48,6 +48,7 @@ class Row:
         ratio: to the reference; None where there is none in the same rounds.
         tokens_per_second: at the median, padding left out (there is none).
         costs: operations and memory.
+        operations_per_site: tensor operations above the frozen model's, for each adapted layer.
         mfu: share of the peak: the frozen model's operations per second over the device's.
     """
 
@@ -60,6 +61,7 @@ class Row:
     ratio: Ratio | None = None
     tokens_per_second: float | None = None
     costs: Costs | None = None
+    operations_per_site: float | None = None
     mfu: float | None = None
 
 
@@ -92,9 +94,9 @@ def measure_group(
     """
     device = next(host.parameters()).device
     for contestant in contestants:
-        contestant.model.train(workload.mode == "train")
+        contestant.model.train(workload.trains)
     steps, failures = make_steps(contestants, host, workload)
-    settle = 0 if workload.mode == "train" else 1  # merging touches the weights right before the turn
+    settle = 0 if workload.trains else 1  # merging touches the weights right before the turn
     timings = interleave(
         list(steps.values()), warmup=schedule.warmup, repeats=schedule.repeats, device=device, settle=settle
     )
@@ -102,7 +104,7 @@ def measure_group(
     with collecting_between_rounds():
         costs, uncounted = _all_costs(contestants, steps, timings, host, workload)
     timings.failures.update(uncounted)
-    work = _Work(workload.tokens(kind_of(host)), _model_flops(costs), peak_tflops)
+    work = _Work(workload.tokens(kind_of(host)), _frozen(costs), peak_tflops)
     rows = [row(contestant, timings, reference, costs.get(contestant.label), work) for contestant in contestants]
     return Group(workload, tuple(rows))
 
@@ -145,15 +147,27 @@ class _Work:
     """What a step's time is divided into."""
 
     tokens: int
-    flops: int | None
+    frozen: Costs | None
     peak_tflops: float | None
 
+    def mfu(self, seconds: float) -> float | None:
+        """Share of the peak; of the frozen model's operations, so that adapters' own do not count as use."""
+        if self.frozen is None or self.peak_tflops is None:
+            return None
+        return self.frozen.flops / seconds / (self.peak_tflops * 1e12)
 
-def _model_flops(costs: Mapping[str, Costs]) -> int | None:
-    """Operations of the frozen model: the work that all contestants share, adapters' own not counted as use."""
+    def operations_per_site(self, costs: Costs | None, sites: int) -> float | None:
+        """Tensor operations above the frozen model's, for each adapted layer."""
+        if self.frozen is None or costs is None or not sites:
+            return None
+        return (costs.kernels - self.frozen.kernels) / sites
+
+
+def _frozen(costs: Mapping[str, Costs]) -> Costs | None:
+    """What the frozen model costs: the work that all contestants share."""
     for label in (FROZEN, FORWARD_ONLY):
         if label in costs:
-            return costs[label].flops
+            return costs[label]
     return None
 
 
@@ -167,9 +181,6 @@ def row(
     seconds = timings.seconds[label]
     spread = quantiles(seconds)
     known = reference in timings.seconds
-    mfu = None
-    if work is not None and work.flops is not None and work.peak_tflops is not None:
-        mfu = work.flops / spread.median / (work.peak_tflops * 1e12)
     return Row(
         label=label,
         parameters=parameters,
@@ -178,7 +189,8 @@ def row(
         ratio=paired_ratio(seconds, timings.seconds[reference]) if known else None,
         tokens_per_second=None if work is None else work.tokens / spread.median,
         costs=costs,
-        mfu=mfu,
+        operations_per_site=None if work is None else work.operations_per_site(costs, contestant.sites),
+        mfu=None if work is None else work.mfu(spread.median),
     )
 
 

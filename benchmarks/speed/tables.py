@@ -32,6 +32,7 @@ NOTES = (
     "saved MiB: kept for backward, weights left out.",
     "GFLOP: counted, of matrix products. MFU: the frozen model's operations over time and the device's peak.",
     "kernels: tensor operations counted, views left out: what small steps take time for whatever their size.",
+    "operations per site: the kernels above those of the frozen model, for each adapted layer.",
 )
 GROWTH_NOTES = (
     "Median time of forward, loss and backward. exponent: b of time = a value^b, by least squares on logarithms.",
@@ -40,7 +41,12 @@ GROWTH_NOTES = (
     "A method that adapts whole feed-forward networks has one of two layers of the input's width.",
     "The bare layer and the reference know neither experts nor tasks: there, their exponent shows the noise.",
 )
-_WHAT = {"train": "training step", "prefill": "prefill", "decode": "decode, one token"}
+_WHAT = {
+    "host": "training step, all dispatch",
+    "train": "training step",
+    "prefill": "prefill",
+    "decode": "decode, one token",
+}
 
 
 def group_table(group: Group, reference: str) -> Table:
@@ -71,6 +77,8 @@ def _cells(row: Row, reference: str) -> dict[str, str]:
         cells["saved MiB"] = f"{row.costs.saved_bytes / _MEBI:,.1f}" if row.costs.saved_bytes else NOTHING
         cells["GFLOP"] = three_digits(row.costs.flops / 1e9)
         cells["kernels"] = f"{row.costs.kernels:,}"
+    if row.operations_per_site is not None:
+        cells["operations per site"] = f"{row.operations_per_site:.1f}"
     if row.mfu is not None:
         cells["MFU"] = f"{row.mfu:.1%}"
     cells["trainable"] = f"{row.parameters:,}"
@@ -129,6 +137,7 @@ def flat(row: Row) -> dict[str, Any]:
         "tokens_per_second": row.tokens_per_second,
         "flops": None if costs is None else costs.flops,
         "kernels": None if costs is None else costs.kernels,
+        "operations_per_site": row.operations_per_site,
         "saved_bytes": None if costs is None else costs.saved_bytes,
         "peak_bytes": None if costs is None else costs.peak_bytes,
         "mfu": row.mfu,

@@ -18,6 +18,8 @@ from benchmarks.speed.contestants import Contestant
 from benchmarks.speed.hosts import Kind, kind_of
 from benchmarks.speed.options import MODES, Mode, Options
 
+HOST_TOKENS = 4, 16
+
 Surroundings = Callable[[], AbstractContextManager[None]]
 
 
@@ -41,11 +43,16 @@ class Workload:
     autocast: bool = False
     optimiser: bool = False
 
+    @property
+    def trains(self) -> bool:
+        """Whether a step goes backward."""
+        return self.mode in ("train", "host")
+
     def tokens(self, kind: Kind) -> int:
         """Tokens per step, none of them padding; a sequence-to-sequence model trains on those of the target too."""
         if self.mode == "decode":
             return self.rows
-        return self.rows * self.length * (2 if kind == "seq2seq" and self.mode == "train" else 1)
+        return self.rows * self.length * (2 if kind == "seq2seq" and self.trains else 1)
 
 
 def supports(kind: Kind, mode: Mode) -> bool:
@@ -59,6 +66,8 @@ def choose_workloads(options: Options, host: nn.Module) -> list[Workload]:
     Raises:
         UsageError: it can do none of it.
     """
+    if options.tiny:
+        return [Workload("host", *HOST_TOKENS, options.tasks, options.autocasts, options.optimiser)]
     kind = kind_of(host)
     chosen = [
         Workload(mode, rows, options.length, options.tasks, options.autocasts, options.optimiser)
@@ -93,12 +102,12 @@ def make_step(contestant: Contestant, host: nn.Module, workload: Workload, *, co
 
     @contextmanager
     def surroundings() -> Iterator[None]:
-        training = workload.mode == "train"
+        training = workload.trains
         gradients = nullcontext() if training else torch.no_grad() if counted else torch.inference_mode()
         with gradients, torch.autocast(device.type, dtype=torch.bfloat16, enabled=workload.autocast):
             yield
 
-    if workload.mode == "train":
+    if workload.trains:
         run = _training(contestant, kind, {**tensors, **routed}, workload, surroundings)
         return Step(contestant.label, run, around=contestant.turn)
     if workload.mode == "prefill":
@@ -120,7 +129,7 @@ def _batch(host: nn.Module, kind: Kind, workload: Workload) -> dict[str, Tensor]
     if kind == "layer":
         with torch_stream("speed", "features"):
             features = torch.randn(rows, length, weight.shape[1])
-        return {"input": features.to(weight.device, weight.dtype).requires_grad_(workload.mode == "train")}
+        return {"input": features.to(weight.device, weight.dtype).requires_grad_(workload.trains)}
     size: int = host.config.vocab_size  # type: ignore[union-attr, assignment]
     drawn = generator("speed", "tokens").integers(size // 2, size, size=(2, rows, length))
     ids, target = torch.from_numpy(drawn).to(weight.device)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -339,6 +340,45 @@ def test_tokens_of_a_step() -> None:
     assert Workload("decode", 4, 5, 1).tokens("causal") == 4
 
 
+OPERATIONS = tomllib.loads(Path(__file__).with_name("operations.toml").read_text())
+
+
+def count_operations(host: nn.Module, contestant: Contestant) -> int:
+    contestant.model.train()
+    step = make_step(contestant, host, Workload("host", 4, 16, 8))
+    step.run()  # a method may look at its first batch
+    return measure_costs(contestant, step, step, CPU).kernels
+
+
+@pytest.fixture(scope="module")
+def tiny_llama() -> tuple[nn.Module, int]:
+    """The host of ``--mode host``, and the operations of its frozen step."""
+    host = tiny("llama-2-7b", tiny=True)
+    return host, count_operations(host, frozen(host, compiled=False, backward=True))
+
+
+@pytest.mark.parametrize("name", moepeft.available())
+def test_no_methods_operations_grow_unnoticed(tiny_llama: tuple[nn.Module, int], name: str) -> None:
+    """Whoever makes a method leaner lowers its number in operations.toml; whoever needs more says so there."""
+    if name not in OPERATIONS:
+        pytest.skip(f"operations.toml has no number for {name} yet")
+    host, without = tiny_llama
+    contestant = attached(host, name, num_tasks=8)
+    assert (count_operations(host, contestant) - without) / contestant.sites <= OPERATIONS[name]
+
+
+def test_operations_per_site_are_those_above_the_frozen_model(tmp_path: Path) -> None:
+    arguments = ["--backbone", "llama-2-7b", "--methods", "lora", "--mode", "host"]
+    assert run(*arguments, "--results", str(tmp_path), "--json", str(tmp_path / "x.json")) == 0
+    (group,) = json.loads((tmp_path / "x.json").read_text())["groups"]
+    assert (group["workload"]["rows"], group["workload"]["length"]) == (4, 16)
+    rows = {row["label"]: row for row in group["rows"]}
+    kernels = {label: row["costs"]["kernels"] for label, row in rows.items()}
+    assert rows["lora"]["operations_per_site"] == (kernels["lora"] - kernels[FROZEN]) / (2 * 7)
+    assert rows[FROZEN]["operations_per_site"] is None
+    assert "operations per site" in (tmp_path / "tables" / "speed-host-llama-2-7b-cpu.md").read_text()
+
+
 # ---------------------------------------------------------------------- growth
 
 
@@ -480,6 +520,8 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--mode", "decode"], "does not generate"),
         (["--grow", "rank", "--backbone", "minilm"], "INxOUT"),
         (["--rows", "0"], "--rows 0"),
+        (["--mode", "host,train"], "--mode host"),
+        (["--mode", "host", "--backbone", "8x8"], "--mode host"),
         (["--warmup", "-1"], "--warmup -1"),
         (["--peak-tflops", "0"], "--peak-tflops 0"),
         (["--inference-rows", "1,0"], "--inference-rows"),
