@@ -64,7 +64,7 @@ def attach(
     state = State(model, factory, chosen, shared, (*unreachable, *_left_by(factory, found, wanted, chosen)))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    install(model, state, built)
+    install(state, built)
     if building.on_meta(built[0]):
         state.without_values = built[0]
     return Attachment(model)

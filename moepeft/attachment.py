@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from . import building, merging, saving
 from .context import Runtime
 from .counting import ParameterCount, count_parameters
+from .entries import checked_ids, checked_masks
 from .errors import AuxLossDetached, Unsupported
-from .hooks import checked_ids, remove
+from .hooks import remove
 from .protocols import AdapterFactory
 from .sites import LinearSite, by_reason
 from .state import ENTRY, Entry, State
@@ -51,7 +52,7 @@ class Attachment:
 
     @property
     def runtime(self) -> Runtime:
-        """State of the current forward pass."""
+        """What this thread's forwards know."""
         return self.state.runtime
 
     @property
@@ -137,18 +138,29 @@ class Attachment:
         after_step(self.state)
 
     @contextmanager
-    def route(self, *, task_ids: Tensor | list[int] | int) -> Iterator[None]:
-        """Route every call inside by these ids; for `generate`, whose keywords are fixed.
+    def route(
+        self,
+        *,
+        task_ids: Tensor | Sequence[int] | int | None = None,
+        mask: Tensor | Mapping[str, Tensor] | None = None,
+    ) -> Iterator[None]:
+        """Route every call inside by these ids, in this thread; for `generate`, whose keywords are fixed.
 
         Args:
             task_ids: one id per row, or a single one for all rows.
+            mask: which positions are real tokens, (rows, positions), for models that name their mask otherwise; for
+                an encoder-decoder model a dictionary of masks by ``encoder`` and ``decoder``.
+
+        Raises:
+            MissingRouting: ids or mask are not what they should be.
         """
-        ids = checked_ids(self.state, task_ids, self.state.device)
-        before, self.runtime.routed = self.runtime.routed, ids
-        try:
+        changes: dict[str, Any] = {}
+        if task_ids is not None:
+            changes["task_ids"] = checked_ids(self.state, task_ids).to(self.state.device)
+        if mask is not None:
+            changes["masks"] = checked_masks(mask)
+        with self.runtime.changed(**changes):
             yield
-        finally:
-            self.runtime.routed = before
 
     def synchronise(self, wanted: bool = True) -> None:
         """Let data-parallel processes train as one process with their joint batch.
@@ -162,20 +174,15 @@ class Attachment:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes bit for bit what it computes without adapters."""
-        before, self.runtime.enabled = self.runtime.enabled, False
-        try:
+        with merging.bare_weights(self.state), self.runtime.changed(enabled=False):
             yield
-        finally:
-            self.runtime.enabled = before
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, dict[str, Tensor]]]:
         """Collect routing statistics: site name -> name -> tensor of the last forward inside."""
-        self.runtime.recording, self.runtime.stats = True, {}
-        try:
-            yield self.runtime.stats
-        finally:
-            self.runtime.recording = False
+        stats: dict[str, dict[str, Tensor]] = {}
+        with self.runtime.changed(stats=stats):
+            yield stats
 
     # ------------------------------------------------------------------ merging, saving, leaving
 
@@ -222,7 +229,7 @@ class Attachment:
         if self.merged:
             self.unmerge()
         trained_before = self.state.trained_before
-        remove(self.model)
+        remove(self.state)
         for name, parameter in self.model.named_parameters():
             if name in trained_before:  # else it came after attach(), as a new head's
                 parameter.requires_grad_(trained_before[name])
@@ -235,7 +242,7 @@ def attachment(model: nn.Module) -> Attachment:
     Raises:
         Unsupported: the model carries none.
     """
-    if not hasattr(model, ENTRY):
+    if not hasattr(model, ENTRY) or getattr(model, ENTRY).state.model is not model:
         raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
     return Attachment(model)
 
@@ -243,7 +250,7 @@ def attachment(model: nn.Module) -> Attachment:
 def _combined(state: State, name: str, terms: Mapping[str, Any]) -> Tensor:
     """One auxiliary loss of the last forward."""
     value = state.factory.aux_loss(name, [_widened(term) for term in terms.values()])
-    if state.runtime.grad_expected and not value.requires_grad:
+    if state.runtime.last.grad_expected and not value.requires_grad:
         raise AuxLossDetached(
             f"the auxiliary loss {name!r} has no gradient although the model is training: reentrant gradient "
             "checkpointing drops it. Call model.gradient_checkpointing_enable("

@@ -46,6 +46,10 @@ class MissingStep(MoepeftError, RuntimeError):
     """An optimiser stepped, but `after_step` was not called for a method that needs it."""
 
 
+class GradientsLost(MoepeftError, RuntimeError):
+    """A part of a training model runs where no gradient can reach its adapters."""
+
+
 class NotMergeable(MoepeftError):
     """The update depends on the input, or the base weights cannot take it."""
 

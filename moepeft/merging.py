@@ -1,6 +1,15 @@
-"""Fold updates into base weights, keeping a copy, and put the weights back bit for bit."""
+"""Fold updates into base weights, keeping a copy, and put the weights back bit for bit.
+
+Whose a weight is: an update may go into a weight that belongs to the layer alone and is a plain parameter. A weight
+that another layer reads as well (tied embeddings) would change that layer too. A weight that is computed at every call
+(weight_norm, spectral_norm, other parametrizations, pruning) would be computed anew, without the update. Both are
+refused before anything is changed.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,30 +21,91 @@ from .sites import LinearSite
 from .state import State
 
 
+@torch.no_grad()
 def merge(state: State, task: int | None) -> None:
     """Add every site's update to its weight and keep the weights as they were; on an error nothing has changed."""
     check(state, task)
+    check_weights(state)
     merged = {site.name: _merged_weight(state, site, task) for site in state.sites}
-    kept = {}
+    kept = {site.name: _weight(state.layer(site), site).detach().clone() for site in state.sites}
     for site in state.sites:
-        weight = _weight(state.layer(site), site)
-        kept[site.name] = weight.detach().clone()
-        with torch.no_grad():
-            weight.copy_(merged[site.name])
+        _weight(state.layer(site), site).copy_(merged[site.name])
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
     state.kept, state.merged_task = kept, task
 
 
+@torch.no_grad()
 def unmerge(state: State) -> None:
     """Undo `merge`."""
     if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
     for site in state.sites:
         module = state.layer(site)
-        with torch.no_grad():
-            _weight(module, site).copy_(state.kept[site.name])
+        _weight(module, site).copy_(state.kept[site.name])
         bind(module)
     state.kept = state.merged_task = None
+
+
+@contextmanager
+def bare_weights(state: State) -> Iterator[None]:
+    """Inside, the weights are those before `merge`, for all threads; afterwards the merged ones, bit for bit."""
+    kept = state.kept
+    if kept is None:
+        yield
+        return
+    weights = {site.name: _weight(state.layer(site), site) for site in state.sites}
+    merged = {name: weight.detach().clone() for name, weight in weights.items()}
+    _copy_into(weights, kept)
+    try:
+        yield
+    finally:
+        _copy_into(weights, merged)
+
+
+@torch.no_grad()
+def _copy_into(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        weight.copy_(values[name])
+
+
+def check_weights(state: State) -> None:
+    """Whether each adapted weight is a plain parameter of its layer alone.
+
+    Raises:
+        NotMergeable: it is not; names the layer and who else reads the weight.
+    """
+    layers = {id(state.layer(site)): site for site in state.sites}
+    owners: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
+    for name, module in state.model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and not tensor.is_meta and tensor.is_floating_point():
+                place = tensor.untyped_storage().data_ptr()
+                owners.setdefault(place, []).append((f"{name}.{key}" if name else key, module, tensor))
+    for site in layers.values():
+        module = state.layer(site)
+        weight = _weight(module, site)
+        if "weight" not in module._parameters:
+            raise NotMergeable(
+                f"the weight of {site.name!r} is computed at every call (a parametrization, weight_norm, "
+                "spectral_norm or pruning), so an update would be lost: make it permanent first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or leave the site out"
+            )
+        for name, other, tensor in owners.get(weight.untyped_storage().data_ptr(), []):
+            if (other is not module or tensor is not module._parameters["weight"]) and _overlap(weight, tensor):
+                raise NotMergeable(
+                    f"the weight of {site.name!r} is also that of {name!r}, which merging would change: leave the "
+                    "site out, or untie the weights first"
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage share an element; told by their first and last ones."""
+    ends = [
+        tensor.storage_offset()
+        + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        for tensor in (one, other)
+    ]
+    return one.storage_offset() <= ends[1] and other.storage_offset() <= ends[0]
 
 
 def check(state: State, task: int | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .calls import Part
 from .context import Runtime, SiteContext
 from .errors import Unsupported
 from .protocols import AdapterFactory
@@ -29,13 +30,19 @@ class Slot(nn.Module):
     obvious place, but containers such as `nn.Sequential` call every child they have.
     """
 
-    def __init__(self, adapter: nn.Module, context: SiteContext, inner: Any, shared: nn.Module | None) -> None:
+    def __init__(
+        self, adapter: nn.Module, context: SiteContext, inner: Any, shared: nn.Module | None, state: State
+    ) -> None:
         super().__init__()
+        self.state = state
+        self.parent = context.site.name.rpartition(".")[0]
+        self.rows_second = not state.factory.capabilities.batch_first
+        self.streams: int = getattr(adapter, "streams", 1)
         self.adapter = adapter
         self.context = context
         self.inner = inner
         self.shared = shared
-        self.rows: tuple[Tensor, ...] | None = None  # see `moepeft.hooks`
+        self.regrouped = _is_regrouped(context.site.name)
         self.by_row = False
         self.has_run = False
 
@@ -54,6 +61,7 @@ class State:
         merged_task: the task whose update is merged.
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
+        chunk_sizes: name of a module -> in how many positions it computed its feed-forward network.
         without_values: an adapter that was attached on the meta device, until all of them are given values.
         left_out: layers that carry no adapter although they hold matrices, with the reason.
         uses_checked: whether a training forward has shown which adapted layers run.
@@ -80,6 +88,7 @@ class State:
         self.without_values: nn.Module | None = None
         self.left_out = left_out
         self.uses_checked = False
+        self.chunk_sizes: dict[str, int] = {}
 
     @property
     def merged(self) -> bool:
@@ -150,10 +159,24 @@ def _named(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 class Entry(NamedTuple):
-    """What a module whose call begins a forward pass carries: the state, and the names of its positional arguments."""
+    """What a module whose call may begin a forward carries.
+
+    Attributes:
+        state: of the model.
+        call_names: names of the positional arguments of its forward.
+        part: what it is a part of.
+        kept: `forward` and `generate` as another library had bound them before.
+    """
 
     state: State
     call_names: tuple[str, ...]
+    part: Part
+    kept: Mapping[str, Any]
+
+
+def _is_regrouped(name: str) -> bool:
+    """Whether the layer is one of several, inside of a repeated block, that get a choice of tokens each."""
+    return sum(part.isdigit() for part in name.split(".")) > 1 and "experts" in name.split(".")
 
 
 def load_module(module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -33,9 +33,8 @@ def check_stepped(state: State) -> None:
     Raises:
         MissingStep: tallies wait for `after_step`, but the parameters have changed since they were counted.
     """
-    runtime = state.runtime
     version = next(parameter._version for _, parameter in state.named_parameters() if parameter.requires_grad)
-    if (runtime.counted or runtime.tallies) and version != state.stepping_version:
+    if state.runtime.tallies and version != state.stepping_version:
         raise MissingStep(
             f"{state.factory.name} balances its experts after every optimiser step, but the parameters changed without "
             "a call to after_step(): call after_step() on the attachment after optimiser.step()"

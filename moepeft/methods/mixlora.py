@@ -307,6 +307,10 @@ class InwardAdapter(_Projection):
 class OutwardAdapter(_Projection):
     """Down projection: sums the streams with their weights."""
 
+    def __init__(self, site: LinearSite, config: MixLoRA) -> None:
+        super().__init__(site, config)
+        self.streams = config.top_k  # its input is so many times all rows
+
     def forward(self, x: Float[Tensor, "k_rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """Sum over streams of weight times projection."""
         block = ctx.site.block

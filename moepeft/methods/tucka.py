@@ -305,4 +305,6 @@ class TuckAAdapter(nn.Module):
         ctx.stat("group", group)
         ctx.stat("scores", weights)
         ctx.stat("gates", lambda: router.gates(group, weights))
+        if group.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
+            group, weights = (ctx.spread(each, x.shape[0], f"{len(group)} routings") for each in (group, weights))
         return base(correct_input(x, Factors(self.core, self.factor, self.mixing), group, weights, self.alpha))

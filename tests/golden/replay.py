@@ -323,7 +323,7 @@ class TwoLayers(Host):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.fc1_base(x)
-        if moepeft.attachment(self).runtime.enabled:
+        if moepeft.attachment(self).runtime.settings.enabled:
             self.hidden = hidden
         output: Tensor = self.fc2_base(hidden.tanh())
         return output

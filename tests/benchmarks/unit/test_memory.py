@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 
 import moepeft
 from benchmarks.instruments.memory import held, peak_above
+from moepeft.context import Forward
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,8 @@ def test_what_the_allocator_gave_out(method, monkeypatch, tmp_path):
 
     def fresh():
         # Neither sees memory go that came before: what the last forward left is such.
-        adapters.runtime.begin(None, {}, continues=False, training=True)
+        adapters.runtime.begin(Forward())
+        adapters.runtime.end()
         for parameter in model.parameters():
             parameter.grad = None
 

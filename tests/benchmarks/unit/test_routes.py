@@ -122,7 +122,7 @@ def test_without_experts_there_is_nothing_to_tell(method):
 def test_nothing_stays_on_after_the_look():
     model = attached("ept")
     collect(model, tasks((5,)))
-    assert not model.attachment.runtime.recording
+    assert model.attachment.runtime.settings.stats is None
 
 
 def test_embeddings_agree_with_scikit_learn():

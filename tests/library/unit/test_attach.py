@@ -169,7 +169,7 @@ def test_an_interrupted_forward_leaves_no_trace() -> None:
     adapters = moepeft.attach(model, moepeft.method("ept", num_tasks=4))
     with pytest.raises(MissingRouting):
         output(model, batch(model))
-    assert adapters.runtime.begun_by is None
+    assert adapters.runtime.forward is None
     output(model, batch(model), task_ids=IDS)
 
 

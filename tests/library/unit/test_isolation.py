@@ -125,8 +125,9 @@ def test_an_exception_inside_a_route_restores_what_was_before() -> None:
         with pytest.raises(MissingRouting, match="num_tasks=4"), adapters.route(task_ids=4):
             pass
         assert torch.equal(output(model, inputs), expected)
-    assert adapters.runtime.routed is None
-    assert adapters.runtime.enabled
-    assert not adapters.runtime.recording
+    settings = adapters.runtime.settings
+    assert settings.task_ids is None
+    assert settings.enabled
+    assert settings.stats is None
     with pytest.raises(MissingRouting):
         output(model, inputs)

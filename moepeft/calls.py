@@ -1,0 +1,296 @@
+"""What a row is at a layer, and what one call says of it.
+
+A call of a model, or of a part of it, has a main input: token ids, their embeddings, pixels, audio, or the first
+tensor. Dimension 0 of the main input is the batch. Parts of a model are called in turn, each with an input of its own,
+so every call opens a `Scope`: how many rows and positions its layers get, and which masks hold for them. Rows of an
+inner call are told apart by what is known: the same number as outside; a view of the outer input with its first two
+dimensions made one (choices, frames of a video); nothing else. Task ids are never dealt because a number divides.
+
+A layer gets its scope's rows in one of these forms, which `arrange` brings to (rows, positions, features):
+(rows, ..., features); (positions, rows, features), as sequence-first models have it; all tokens in one dimension; and
+(parts of rows, positions, features), where windows cut a row. All other forms stay as they are, and a method that
+must know the rows refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .masks import Mask, mask_of
+from .roles import Stream
+
+# A part of a model that takes one of these has rows and masks of its own: it is a tower. Others take hidden states.
+_RAW = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+_RAW_OF_DECODERS = ("decoder_input_ids", "decoder_inputs_embeds")
+_NO_MAIN_INPUT = ("task_ids", "labels", "attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What one call of a model or of a part of it knows.
+
+    Attributes:
+        rows: number of rows; None where nothing is known.
+        tokens: positions of a row; None where a row has none or where nothing is known.
+        copies: how often each task id stands, in place; None if the order is not known.
+        masks: per stream the masks of this call first, then those of the calls around it.
+        main: the main input, while the call runs.
+        sequence_first: the main input is (positions, rows, features).
+        unknown_mask: name of an argument that seems to be a mask and whose meaning is not known.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+    copies: int | None = 1
+    masks: Mapping[Stream, tuple[Mask, ...]] = field(default_factory=dict)
+    main: Tensor | None = None
+    sequence_first: bool = False
+    unknown_mask: str | None = None
+
+    def past_the_call(self) -> Scope:
+        """The same without the input, for what outlives the call."""
+        return replace(self, main=None)
+
+
+class Arranged(NamedTuple):
+    """A layer's input as (rows, ..., features).
+
+    Attributes:
+        x: the input.
+        restore: brings an output of that form back to the layer's own.
+        in_order: whether the positions of a row are in their order.
+        rows_known: whether dimension 0 is known to be the rows.
+    """
+
+    x: Tensor
+    restore: Callable[[Tensor], Tensor]
+    in_order: bool = True
+    rows_known: bool = True
+
+
+def same(y: Tensor) -> Tensor:
+    """The tensor itself."""
+    return y
+
+
+def arrange(x: Tensor, scope: Scope, *, regrouped: bool, streams: int = 1) -> Arranged:
+    """Bring a layer's input to (rows, ..., features) where its form is known.
+
+    Args:
+        x: the input.
+        scope: of the call that runs.
+        regrouped: the layer is one of several that get a choice of tokens each.
+        streams: how many copies of all rows stand one after the other, where a method made them.
+    """
+    if scope.rows is None or x.dim() < 2 or regrouped:
+        return Arranged(x, same, rows_known=not regrouped)
+    rows, tokens = scope.rows * streams, scope.tokens
+    transposed = x.dim() > 2 and x.shape[1] == rows and (scope.sequence_first or _is_transposed(x, rows))
+    if x.shape[0] == rows and not transposed:
+        return Arranged(x, same)
+    if x.dim() == 2:
+        return _flat_tokens(x, rows, tokens, scope.sequence_first)
+    if x.shape[1] == rows and (transposed or x.shape[0] == tokens or (tokens is None and x.shape[0] % rows)):
+        return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1).contiguous())
+    parts = x.shape[0] // rows
+    if parts * rows == x.shape[0] and tokens is not None and parts * x.shape[1:-1].numel() == tokens:
+        windows = x.reshape(rows, parts, *x.shape[1:])
+        return Arranged(windows, lambda y: y.flatten(0, 1), in_order=False)
+    return Arranged(x, same, rows_known=False)
+
+
+def _flat_tokens(x: Tensor, rows: int, tokens: int | None, sequence_first: bool) -> Arranged:
+    if tokens is None or x.shape[0] != rows * tokens:
+        return Arranged(x, same, rows_known=False)
+    if sequence_first:
+        split = x.reshape(tokens, rows, -1).transpose(0, 1)
+        return Arranged(split, lambda y: y.transpose(0, 1).reshape(-1, y.shape[-1]))
+    return Arranged(x.reshape(rows, tokens, -1), lambda y: y.flatten(0, 1))
+
+
+def _is_transposed(x: Tensor, rows: int | None) -> bool:
+    """Whether as many positions as rows stand in the order (positions, rows): told by the steps in memory."""
+    return x.dim() == 3 and x.shape[0] == x.shape[1] == rows and x.shape[0] > 1 and x.stride(0) < x.stride(1)
+
+
+def open_scope(
+    call: Mapping[str, Any], around: Scope | None, part: Part, ids: int | None, copies: int, seen: dict[int, Mask]
+) -> Scope:
+    """The scope of a call.
+
+    Args:
+        call: its arguments by name.
+        around: the scope of the call that it is a part of, None if it begins a forward.
+        part: what is called.
+        ids: number of task ids; None if there are none.
+        copies: how often `generate` repeats each row, in place.
+        seen: the forward's masks by the tensors they were made of: blocks are all given the same.
+    """
+    call = _flat(call)
+    raw, main = _main_input(call, part, around)
+    if main is None:
+        return around or Scope()
+    scope = _rows_and_tokens(main, raw, around, ids, copies, part.sequence_first)
+    masks = {
+        stream: tuple(seen.setdefault(id(mask.given), mask) for mask in found)
+        for stream, found in _masks(call, around, part, tower=raw, main=main).items()
+    }
+    unknown = None if part.known_masks else _unknown_mask(call)
+    return replace(scope, masks=masks, main=main, unknown_mask=unknown or (around.unknown_mask if around else None))
+
+
+class Part(NamedTuple):
+    """What is called: a model or a part of it.
+
+    Attributes:
+        module: the module.
+        stream: the stream of its hidden states.
+        two_streams: it is, or is part of, an encoder-decoder model.
+        known_masks: its model names masks as transformers does.
+        sequence_first: it takes hidden states as (positions, rows, features).
+    """
+
+    module: nn.Module
+    stream: Stream
+    two_streams: bool
+    known_masks: bool
+    sequence_first: bool = False
+
+
+def _flat(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments, those inside of a dictionary included, as SentenceTransformer passes them."""
+    inner = [value for value in call.values() if isinstance(value, Mapping) and "input_ids" in value]
+    return {**call, **inner[0]} if inner else call
+
+
+def _main_input(call: Mapping[str, Any], part: Part, around: Scope | None) -> tuple[bool, Tensor | None]:
+    """Whether the call has an input of its own, and the main one."""
+    names = (*_RAW_OF_DECODERS, *_RAW) if call.get("encoder_outputs") is not None else (*_RAW, *_RAW_OF_DECODERS)
+    for name in names:
+        if isinstance(call.get(name), Tensor):
+            return True, call[name]
+    tensors = (
+        value
+        for name, value in call.items()
+        if isinstance(value, Tensor) and value.dim() and name not in _NO_MAIN_INPUT and "mask" not in name
+    )
+    return around is None, next(tensors, None)
+
+
+def _rows_and_tokens(
+    main: Tensor, raw: bool, around: Scope | None, ids: int | None, copies: int, sequence_first: bool
+) -> Scope:
+    rows, features = main.shape[0], main.is_floating_point()
+    tokens: int | None = None
+    if main.dim() == 2 and not features:
+        tokens = main.shape[1]
+    elif main.dim() in (3, 4) and features:
+        tokens = main.shape[1:-1].numel()
+    if around is None:
+        if ids not in (None, 1, rows) and features and main.dim() == 3 and main.shape[1] == ids:
+            return Scope(rows=ids, tokens=rows, sequence_first=True)
+        return Scope(rows=rows, tokens=tokens, copies=copies if ids is not None and ids * copies == rows else 1)
+    sequence_first = sequence_first or around.sequence_first or _is_transposed(main, around.rows)
+    if around.rows is None or (rows == around.rows and not (sequence_first and main.shape[1:2] == (rows,))):
+        return Scope(rows=rows, tokens=tokens, copies=around.copies)
+    positions_first = features and main.dim() == 3 and main.shape[1] == around.rows
+    if positions_first and (rows == around.tokens or around.tokens is None or rows % around.rows):
+        return Scope(rows=around.rows, tokens=rows, copies=around.copies, sequence_first=True)
+    if not raw and main.dim() == 2 and around.tokens is not None and rows == around.rows * around.tokens:
+        return around
+    parts = _view_of_outer(main, around)
+    known = parts is not None and around.copies is not None
+    return Scope(rows=rows, tokens=tokens, copies=around.copies * parts if known else None)  # type: ignore[operator]
+
+
+def _view_of_outer(main: Tensor, around: Scope) -> int | None:
+    """How many rows each outer row was made into, if the input is the outer one with two dimensions made one."""
+    outer = around.main
+    if outer is None or outer.dim() < 3 or main.shape != (outer.shape[0] * outer.shape[1], *outer.shape[2:]):
+        return None
+    return outer.shape[1] if main.data_ptr() == outer.data_ptr() else None
+
+
+def _masks(
+    call: Mapping[str, Any], around: Scope | None, part: Part, *, tower: bool, main: Tensor
+) -> dict[Stream, tuple[Mask, ...]]:
+    """The masks of each stream, innermost first. A tower's layers see its own masks only."""
+    outer = dict(around.masks) if around is not None else {}
+    past = past_positions(call)
+    frames = getattr(part.module, "_get_feat_extract_output_lengths", None) if main.is_floating_point() else None
+    own = mask_of(call.get("attention_mask"), past, frames)
+    cross = mask_of(call.get("encoder_attention_mask"))
+    decoder = mask_of(call.get("decoder_attention_mask"), past) or _targets(call, part)
+    given: dict[Stream, Mask | None] = {
+        "encoder": cross or (own if part.stream == "encoder" else None),
+        "decoder": decoder or (own if part.stream == "decoder" else None),
+    }
+    if tower and not part.two_streams and around is not None and not _same_input(main, around):
+        outer = {}
+    return {
+        stream: (*((mask,) if mask is not None else ()), *outer.get(stream, ()))  # innermost first
+        for stream, mask in given.items()
+    }
+
+
+def _same_input(main: Tensor, around: Scope) -> bool:
+    """Whether the input stands for the positions of the outer one."""
+    outer = around.main
+    if outer is None:
+        return False
+    return main.shape == outer.shape or (around.tokens is not None and main.shape[:2] == (around.rows, around.tokens))
+
+
+def _targets(call: Mapping[str, Any], part: Part) -> Mask | None:
+    """Which positions of the decoder predict a token, where no mask says so."""
+    if not part.two_streams:
+        return None
+    labels, inputs = call.get("labels"), call.get("decoder_input_ids")
+    if getattr(part.module, "get_output_embeddings", lambda: None)() is None:  # its labels are no tokens
+        return None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        # The decoder's position i predicts label i; -100 marks the positions that pad the target.
+        return Mask((labels != -100).long())
+    config = getattr(part.module, "config", None)
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    whole = isinstance(inputs, Tensor) and inputs.dim() == 2 and inputs.shape[1] > 1
+    if labels is not None or not whole or not isinstance(pad, int) or call.get("past_key_values") is not None:
+        return None
+    assert isinstance(inputs, Tensor)
+    return Mask(_predicting(inputs, pad, end))
+
+
+def _predicting(inputs: Tensor, pad: int, end: Any) -> Tensor:
+    """Positions of shifted targets before the padding that ends a row; what follows the end of a text predicts none."""
+    followed = (inputs.flip(1) != pad).cumsum(dim=1).flip(1) > 0
+    followed[:, 0] = True  # the start, which may be the padding token
+    if isinstance(end, int):
+        last = inputs == end
+        last[:, 0] = False
+        followed = followed & ~last
+    return followed.long()
+
+
+def past_positions(call: Mapping[str, Any]) -> int:
+    """Number of positions in the call's key-value cache."""
+    past = call.get("past_key_values")
+    length = getattr(past, "get_seq_length", None)
+    return int(length()) if length is not None else 0
+
+
+def continues(call: Mapping[str, Any]) -> bool:
+    """Whether the call goes on from an earlier one: a step of cached decoding, or a decoder after its encoder."""
+    if call.get("encoder_outputs") is not None:
+        return True
+    past = call.get("past_key_values")
+    return past is not None and (not hasattr(past, "get_seq_length") or past_positions(call) > 0)
+
+
+def _unknown_mask(call: Mapping[str, Any]) -> str | None:
+    known = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+    names = (name for name, value in call.items() if "mask" in name and name not in known and isinstance(value, Tensor))
+    return next(names, None)

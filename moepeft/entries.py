@@ -1,0 +1,306 @@
+"""What begins a forward: the outermost call of any part of the model that holds adapted layers.
+
+Users call a model, its `.forward`, its backbone alone, or a getter of features that calls one tower. So every module
+around adapted layers, down to the repeated blocks, answers its calls through `_entry_forward`: the outermost one begins
+a `Forward` with the ids and masks of its own call, inner ones open a `Scope`. `generate` says how often it repeats the
+rows. A block that runs during backward, outside of any forward, is computed again by checkpointing, and sees what its
+first run saw.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Part, Scope, continues, open_scope
+from .config import task_number
+from .context import Forward, Memory, Runtime
+from .errors import GradientsLost, MissingRouting, Unsupported
+from .masks import Mask, mask_of
+from .sites import LinearSite
+from .state import ENTRY, Entry, State
+from .stepping import check_stepped
+
+# Their blocks take (positions, rows, features): it matters where there are as many positions as rows.
+_SEQUENCE_FIRST = ("xlnet", "fsmt")
+
+
+def install_entries(state: State) -> None:
+    """Let the modules around adapted layers answer their calls."""
+    for name, module in _around(state.model, state.sites).items():
+        names = tuple(inspect.signature(module.forward).parameters)
+        kept = {attribute: vars(module).get(attribute) for attribute in ("forward", "generate")}
+        setattr(module, ENTRY, Entry(state, names, _part(state.model, name, module), kept))
+        _bind(module, "forward", _entry_forward)
+        if callable(getattr(module, "generate", None)) and hasattr(module, "generation_config"):
+            _bind(module, "generate", _entry_generate)
+
+
+def remove_entries(state: State) -> None:
+    """Undo `install_entries`."""
+    for module in state.model.modules():
+        entry = vars(module).get(ENTRY)
+        if entry is None:
+            continue
+        delattr(module, ENTRY)
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if getattr(checkpoint, "func", None) is _checkpoint:
+            module._gradient_checkpointing_func = checkpoint.args[1]  # type: ignore[union-attr]
+        for attribute, function in (("forward", _entry_forward), ("generate", _entry_generate)):
+            bound = vars(module).get(attribute)
+            if getattr(bound, "func", None) is function:  # else another library's wrapper stands above: it stays
+                delattr(module, attribute)
+                if entry.kept[attribute] is not None:
+                    setattr(module, attribute, entry.kept[attribute])
+
+
+def _bind(module: nn.Module, attribute: str, function: Callable[..., Any]) -> None:
+    # A partial of a module-level function pickles and deep-copies; a bound method does not.
+    bound = functools.partial(function, module)
+    bound.__signature__ = inspect.signature(getattr(module, attribute))  # type: ignore[attr-defined]
+    setattr(module, attribute, bound)
+
+
+def _around(model: nn.Module, sites: tuple[LinearSite, ...]) -> dict[str, nn.Module]:
+    """The modules around the sites by name: those outside of repeated blocks, and the blocks."""
+    found: dict[str, nn.Module] = {}
+    adapted = {site.name for site in sites}
+    for site in sites:
+        parts = site.name.split(".")
+        inside = False
+        for depth in range(len(parts)):
+            name = ".".join(parts[:depth])
+            module = model.get_submodule(name)
+            block = depth > 0 and isinstance(model.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList)
+            inside = inside or block
+            if name in found or name in adapted or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            if (block or not inside) and not any(module is other for other in found.values()):
+                found[name] = module
+    return found
+
+
+def _part(model: nn.Module, name: str, module: nn.Module) -> Part:
+    config = getattr(model, "config", None)
+    two_streams = bool(getattr(config, "is_encoder_decoder", False))
+    return Part(
+        module,
+        stream="decoder" if two_streams and "decoder" in name.split(".") else "encoder",
+        two_streams=two_streams,
+        known_masks=config is not None,
+        sequence_first=getattr(config, "model_type", None) in _SEQUENCE_FIRST and name.rpartition(".")[2].isdigit(),
+    )
+
+
+def _inner(module: nn.Module, entry: Entry | None, attribute: str) -> Callable[..., Any]:
+    kept = None if entry is None else entry.kept[attribute]
+    return functools.partial(getattr(type(module), attribute), module) if kept is None else kept
+
+
+def _entry_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    entry: Entry | None = vars(module).get(ENTRY)
+    inner = _inner(module, entry, "forward")
+    if entry is None:  # detached, beneath another library's wrapper
+        return inner(*args, **kwargs)
+    runtime = entry.state.runtime
+    forward = runtime.forward
+    if forward is None and backward_under_way() is not None:
+        inputs = (*args, *kwargs.values())
+        with runtime.resumed(runtime.memory_of(tuple(value for value in inputs if isinstance(value, Tensor)))):
+            return inner(*args, **kwargs)
+    call = {**dict(zip(entry.call_names, args, strict=False)), **kwargs}
+    if forward is None:
+        kwargs.pop("task_ids", None)
+        runtime.begin(_forward_of(entry, call, module.training))
+        try:
+            output = inner(*args, **kwargs)
+        finally:
+            runtime.end()
+        if runtime.last.grad_expected and not entry.state.uses_checked and not torch.compiler.is_compiling():
+            entry.state.uses_checked = True
+            _name_the_unused(entry.state)
+        return output
+    _open(forward, entry, call)
+    _check_gradient(forward, entry)
+    _remember_when_checkpointed(module, runtime)
+    if forward.grad and not torch.compiler.is_compiling() and forward.scope.main is not None:
+        runtime.remember(forward.scope.main)
+    try:
+        return inner(*args, **kwargs)
+    finally:
+        forward.scopes.pop()
+
+
+def _name_the_unused(state: State) -> None:
+    """After the first training forward, say which adapters took no part: they are counted and get no gradient."""
+    if any(module._compiled_call_impl is not None for module in state.model.modules()):
+        return  # nothing was noted
+    idle = [site.name for site in state.sites if not state.slot(site).has_run]
+    if idle:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in idle})
+        warnings.warn(
+            f"{len(idle)} of {len(state.sites)} adapted layers did not run in the first training forward, e.g. "
+            f"{idle[0]!r}: their adapters train only where the inputs reach them, and DistributedDataParallel needs "
+            f"find_unused_parameters. To leave them out: attach(exclude={ends[:6]!r})",
+            stacklevel=2,
+        )
+
+
+def _check_gradient(forward: Forward, entry: Entry) -> None:
+    main = forward.scope.main
+    if forward.grad_expected and main is not None and not torch.is_grad_enabled() and not main.requires_grad:
+        raise GradientsLost(
+            f"a {type(entry.part.module).__name__} runs without gradients in a training forward, so its adapters would "
+            "never train: reentrant gradient checkpointing does so. Checkpoint with use_reentrant=False"
+        )
+
+
+def _remember_when_checkpointed(module: nn.Module, runtime: Runtime) -> None:
+    """Let a block of transformers, which checkpoints inside of its own forward, be computed again as it was first."""
+    checkpoint = vars(module).get("_gradient_checkpointing_func")
+    if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
+        bound: Any = functools.partial(_checkpoint, runtime, checkpoint)
+        module._gradient_checkpointing_func = bound
+
+
+def _checkpoint(runtime: Runtime, checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    if runtime.forward is None:  # detached
+        return checkpoint(function, *args, **kwargs)
+    return checkpoint(functools.partial(_again, runtime, runtime.memory(), function), *args, **kwargs)
+
+
+def _again(runtime: Runtime, memory: Memory, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if runtime.forward is not None or backward_under_way() is None:
+        return function(*args, **kwargs)
+    with runtime.resumed(memory):
+        return function(*args, **kwargs)
+
+
+def _open(forward: Forward, entry: Entry, call: Mapping[str, Any]) -> None:
+    ids = None if forward.task_ids is None else forward.task_ids.shape[0]
+    forward.scopes.append(open_scope(call, forward.scope, entry.part, ids, forward.settings.copies, forward.masks))
+
+
+def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forward:
+    """What the outermost call begins."""
+    state, settings = entry.state, entry.state.runtime.settings
+    check_values(state)
+    if state.steps and training and torch.is_grad_enabled():
+        check_stepped(state)
+    given = call.get("task_ids")
+    task_ids = settings.task_ids if given is None else checked_ids(state, given)
+    number = None if task_ids is None else task_ids.shape[0]
+    masks: dict[int, Mask] = {}
+    scope = open_scope(call, None, entry.part, number, settings.copies if given is None else 1, masks)
+    if task_ids is not None and scope.main is not None:
+        task_ids = task_ids.to(scope.main.device)
+    goes_on = continues(call)
+    return Forward(
+        task_ids,
+        [scope],
+        settings,
+        continues=goes_on,
+        grad=torch.is_grad_enabled(),
+        grad_expected=training and torch.is_grad_enabled(),
+        values=dict(state.runtime.values) if goes_on else {},
+        masks=masks,
+    )
+
+
+def begin_at_layer(state: State, x: Tensor, training: bool) -> Forward:
+    """The forward of an adapted layer that is called by itself."""
+    check_values(state)
+    settings = state.runtime.settings
+    ids = None if settings.task_ids is None else settings.task_ids.to(x.device)
+    grad = torch.is_grad_enabled()
+    return Forward(ids, [Scope()], settings, grad=grad, grad_expected=grad and training)
+
+
+def _entry_generate(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    entry: Entry | None = vars(module).get(ENTRY)
+    inner = _inner(module, entry, "generate")
+    if entry is None:
+        return inner(*args, **kwargs)
+    with entry.state.runtime.changed(copies=_copies(module, kwargs)):
+        return inner(*args, **kwargs)
+
+
+def _copies(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row, in place."""
+    config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
+    wanted = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(number or 1 for number in wanted)
+
+
+def backward_under_way() -> int | None:
+    """Number of the backward pass that this runs inside of, where only checkpointing calls layers."""
+    if torch.compiler.is_compiling():
+        return None
+    number: int = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def check_values(state: State) -> None:
+    """Refuse adapters that were attached on the meta device and have memory but no values."""
+    if state.without_values is not None and not next(state.without_values.parameters()).is_meta:
+        raise Unsupported(
+            "the adapters were attached on the meta device and to_empty() gave them memory but no values: call "
+            "reset_parameters() on their attachment, then load what there is to load"
+        )
+
+
+def checked_ids(state: State, task_ids: Any) -> Tensor:
+    """The ids as a tensor. Values are looked at on the CPU only: a GPU would have to wait.
+
+    Raises:
+        MissingRouting: they are no whole numbers, none at all, of a wrong shape or out of range.
+    """
+    try:
+        ids = torch.as_tensor(task_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MissingRouting(f"task_ids={task_ids!r} are no whole numbers: number the tasks from 0") from error
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise MissingRouting(f"task_ids are of type {ids.dtype}, wanted whole numbers, one per row: give integers")
+    ids = ids.long().reshape(1) if ids.dim() == 0 else ids.long()
+    if ids.dim() > 2 or not ids.numel():
+        raise MissingRouting(f"task_ids must have shape (rows,) or (rows, ids), got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(state, ids)
+    return ids
+
+
+def _check_range(state: State, ids: Tensor) -> None:
+    number, low, high = task_number(state.factory), int(ids.min()), int(ids.max())
+    if number is not None and (high >= number or low < (-1 if ids.dim() == 2 else 0)):
+        raise MissingRouting(
+            f"task_ids lie between {low} and {high}, but {state.factory.name} was configured with num_tasks="
+            f"{number}: ids count from 0 to {number - 1}"
+        )
+    serves = state.merged_task if state.runtime.settings.enabled else None
+    if serves is not None and not low == high == serves:
+        raise MissingRouting(
+            f"task {serves} is merged into the weights, got task_ids between {low} and {high}: "
+            "call unmerge() to serve other tasks"
+        )
+
+
+def checked_masks(mask: Any) -> dict[Any, Any]:
+    """What `route(mask=...)` was given, by stream.
+
+    Raises:
+        MissingRouting: it is neither a mask nor masks by stream.
+    """
+    given = mask if isinstance(mask, Mapping) else {"encoder": mask}
+    masks = {stream: mask_of(value) for stream, value in given.items()}
+    if any(value is None for value in masks.values()) or not set(masks) <= {"encoder", "decoder"}:
+        raise MissingRouting(
+            "mask must be a tensor (rows, positions), 1 on real tokens, or a dictionary of them by 'encoder' and "
+            f"'decoder', got {type(mask).__name__} {list(given)}"
+        )
+    return masks
