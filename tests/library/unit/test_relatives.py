@@ -95,7 +95,7 @@ def test_smora_moves_its_bias_towards_idle_ranks() -> None:
     bias = adapters.adapters["layer"].bias
     bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
     host(torch.randn(2, 3, 6), attention_mask=torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    assert torch.equal(adapters.runtime.counted["layer"], torch.tensor([3.0, 0.0, 0.0, 0.0]))
+    assert torch.equal(adapters.runtime.tallies["layer"], torch.tensor([3.0, 0.0, 0.0, 0.0]))
     adapters.after_step()
     assert torch.equal(bias, torch.tensor([8.75, 0.25, 0.25, 0.25]))
 
