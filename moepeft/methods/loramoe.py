@@ -85,7 +85,7 @@ class LoRAMoE(MethodConfig):
     }
     sizes: ClassVar[tuple[str, ...]] = ("rank", "num_experts")
 
-    rank: int = 4
+    rank: int = 8
     alpha: float = 32.0
     num_experts: int = 6
     types: tuple[int, ...] = ()
