@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol, Self, TypeVar, cast
 
+import torch
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _enabled = True
@@ -50,17 +52,19 @@ class WithFastPath(Protocol):
     fast: Callable[..., Any]
 
 
-def has_fast_path(fast: Callable[..., Any]) -> Callable[[F], F]:
+def has_fast_path(fast: Callable[..., Any], *, compiled: bool = True) -> Callable[[F], F]:
     """Decorate a definition: `fast` computes it while fast paths are enabled.
 
     Args:
         fast: a function of the definition's signature that gives the same values and gradients.
+        compiled: whether graphs of torch.compile hold the fast path; else they hold the definition.
     """
 
     def decorate(definition: F) -> F:
         @functools.wraps(definition)
         def either(*args: Any, **kwargs: Any) -> Any:
-            return (fast if _enabled else definition)(*args, **kwargs)
+            use_fast = _enabled and (compiled or not torch.compiler.is_compiling())
+            return (fast if use_fast else definition)(*args, **kwargs)
 
         tied = cast(WithFastPath, either)
         tied.definition, tied.fast = definition, fast

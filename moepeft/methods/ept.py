@@ -10,24 +10,16 @@ Release: Yan-Zhenwei/EPT, commit 54ed6edc (no licence: computed anew, nothing co
     router: logits over experts from the task's embedding (gate (E, in), table (T, in) per site), or from the token
     y = W0 x + (alpha / r) sum over the top k of  g_e (d_e / d_max) W_e x
 
-How it is computed. A transposed convolution whose stride is its kernel size is a Kronecker product: W_e = Z_e (x) K_e
-(zero-padded where s does not divide a side), and by the mixed-product rule
-
-    (B A) (x) K  =  (B (x) I_s) (I_r (x) K) (A (x) I_s)
-
-so that each scale is a LoRA of rank r s with structured factors and its kernel in the rank space. W_e is never built.
-The factors of all scales stand side by side: one product down, one up. With g the greatest common divisor of the
-scales, A (x) I_s = (A (x) I_{s / g}) (x) I_g: the features of each residue mod g are multiplied by the same, g times
-smaller factor, which saves g - 1 of g operations. The experts of one scale share factors, and their kernels add up,
-weighed by the gates, before they multiply; in the rank space all scales are one block-diagonal kernel per row.
+A transposed convolution whose stride is its kernel size is a Kronecker product: W_e = Z_e (x) K_e, padded with zeros
+where s does not divide a side. So W_e is never built: `expert_update` applies the seed to blocks of s features, and the
+kernel inside each block.
 
 The dimension factor d_e / d_max is the width of the expert's seed, out // s, over that of the widest: the seed's first
 rows serve every scale and are updated most often. A contrastive loss over tasks, averaged over sites, pulls a row's
 summary towards its task's embedding.
 
 Differences between paper and release (preset `released` reproduces those that change numbers):
-* the release convolves activations, not the matrix: ``operator="channel"``. An expert reads only the first in // s
-  features, and its kernel (out // s, s) stretches each output channel on its own;
+* the release convolves activations, not the matrix: ``operator="channel"`` (`moepeft.methods._released.ept`);
 * it softmaxes the top-k probabilities once more: ``gates="double_softmax"``; here softmax over the chosen logits;
 * it starts kernels at random, not zero: ``kernel_init="uniform"``, and has no dimension factor;
 * its gate has a bias (``gate_bias``), and its contrastive loss looks at position 0: ``anchor="first"``;
@@ -36,25 +28,27 @@ Differences between paper and release (preset `released` reproduces those that c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any, ClassVar, Literal, Self
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
+from moepeft.fast import has_fast_path
 from moepeft.methods._contrastive import ContrastiveTerm, contrastive_task_loss, record_contrastive, with_summary
-from moepeft.methods._fast.ept import Apart, Places, add_channel_update, add_kronecker_update, branches, places
+from moepeft.methods._fast import ept as _fast
+from moepeft.methods._released import ept as _released
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.gates import top_k_gates
-from moepeft.ops.linear import first_position
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -65,7 +59,7 @@ class EPT(MethodConfig):
     Attributes:
         rank: rank r of the seed.
         alpha: numerator of the scale alpha / r.
-        kernels: kernel size of each expert.
+        kernels: kernel size of each expert. Their order means nothing, and the configuration keeps them ascending.
         top_k: experts per task (or token).
         num_tasks: number of tasks T.
         routing: route by the task's embedding (mergeable), or by each token.
@@ -133,6 +127,7 @@ class EPT(MethodConfig):
             raise ConfigError("EPT: kernels is empty, wanted the kernel size of every expert, e.g. (2, 2, 4, 4)")
         for size in self.kernels:
             check_count("EPT", "kernels", size)
+        object.__setattr__(self, "kernels", tuple(sorted(self.kernels)))
         check_count("EPT", "top_k", self.top_k, high=len(self.kernels), hint="there are as many experts as kernels")
         for field in ("alpha", "router_temperature", "temperature"):
             check_positive("EPT", field, getattr(self, field))
@@ -168,9 +163,9 @@ class EPT(MethodConfig):
         return tuple(sorted(set(self.kernels)))
 
     @property
-    def common_scale(self) -> int:
-        """Greatest common divisor g of the kernel sizes."""
-        return math.gcd(*self.kernels)
+    def definition(self) -> Definition:
+        """What an expert is."""
+        return RELEASED if self.operator == "channel" else PUBLISHED
 
     def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
         """Every site whose sides are at least as wide as the largest kernel.
@@ -202,7 +197,7 @@ class EPT(MethodConfig):
         for site in sites:
             i, o, smallest = site.in_features, site.out_features, min(self.kernels)
             total += self.rank * (i // smallest + o // smallest)
-            total += sum(s * s if self.operator == "kronecker" else (o // s) * s for s in self.kernels)
+            total += sum(prod(self.definition.kernel_shape(s, o)) for s in self.kernels)
             total += len(self.kernels) * (i + self.gate_bias) + self.num_tasks * i
         return total
 
@@ -211,14 +206,104 @@ class EPT(MethodConfig):
         return self.contrastive * contrastive_task_loss(terms, self.temperature)
 
 
+# ---------------------------------------------------------------------- definition
+
+Once = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
+
+
+class Pyramid(NamedTuple):
+    """What a site's experts are made of: the seed, and per scale, ascending, its kernels and f_e.
+
+    f_e is alpha / r times the dimension factor.
+    """
+
+    A: Float[Tensor, "r i_s"]
+    B: Float[Tensor, "o_s r"]
+    kernels: Sequence[Float[Tensor, "_ _ _"]]
+    factors: Sequence[float]
+
+
+def expert_update(
+    x: Float[Tensor, "rows *n i"],
+    A: Float[Tensor, "r i_s"],
+    B: Float[Tensor, "o_s r"],
+    K: Float[Tensor, "rows *m s s"],
+    out_features: int,
+) -> Float[Tensor, "rows *n o"]:
+    """W_e x for W_e = Z_e (x) K, Z_e = B[:out // s] A[:, :in // s]; K is one kernel per row, or per token."""
+    s = K.shape[-1]
+    h, w = out_features // s, x.shape[-1] // s  # the adaptive pruner
+    blocks = x[..., : w * s].reshape(*x.shape[:-1], w, s)
+    low = torch.einsum("...ws,rw->...rs", blocks, A[:, :w])
+    mixed = torch.einsum("...rs,...ts->...rt", low, K)
+    grown = torch.einsum("...rt,hr->...ht", mixed, B[:h])
+    return F.pad(grown.flatten(-2), (0, out_features - h * s))
+
+
+def add_experts(
+    expert: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+    y: Float[Tensor, "rows *n o"],
+    x: Float[Tensor, "rows *n i"],
+    gates: Float[Tensor, "rows *some experts"],
+    pyramid: Pyramid,
+) -> Float[Tensor, "rows *n o"]:
+    """y plus the sum over experts of g_e f_e W_e x, scale by scale; gates are per row, or per token.
+
+    The experts of a scale share their seed, and `expert`, W_e x, is linear in the kernel: kernels add up first.
+    """
+    gates = gates.view(gates.shape[0], *(1,) * (x.dim() - gates.dim()), *gates.shape[1:])
+    A, B = pyramid.A.to(x.dtype), pyramid.B.to(x.dtype)
+    of_scales = torch.split(gates, [len(K) for K in pyramid.kernels], dim=-1)
+    for g, K, f in zip(of_scales, pyramid.kernels, pyramid.factors, strict=True):
+        gated = torch.einsum("...e,est->...st", f * g, K).to(x.dtype)
+        y = y + expert(x, A, B, gated, y.shape[-1]).to(y.dtype)
+    return y
+
+
+@has_fast_path(_fast.add_pyramid, compiled=False)
+def add_pyramid(y: Tensor, x: Tensor, gates: Tensor, pyramid: Pyramid, once: Once | None = None) -> Tensor:
+    """`add_experts` of `expert_update`; `once` is `SiteContext.of_input`, for what a fast path makes of x alone."""
+    return add_experts(expert_update, y, x, gates, pyramid)
+
+
+def add_channels(y: Tensor, x: Tensor, gates: Tensor, pyramid: Pyramid, once: Once | None = None) -> Tensor:
+    """`add_experts` of the release's experts."""
+    return add_experts(_released.expert_update, y, x, gates, pyramid)
+
+
+class Definition(NamedTuple):
+    """What an expert is.
+
+    Attributes:
+        kernel_shape: shape of a kernel, from its size s and the width of the output.
+        add_update: y plus the gated experts' updates, with the arguments of `add_pyramid`.
+    """
+
+    kernel_shape: Callable[[int, int], tuple[int, int]]
+    add_update: Callable[..., Tensor]
+
+
+PUBLISHED = Definition(lambda s, out_features: (s, s), add_pyramid)
+RELEASED = Definition(_released.kernel_shape, add_channels)
+
+
+def expert_gates(
+    logits: Float[Tensor, "*n experts"], k: int, reading: Literal["softmax", "double_softmax"]
+) -> Float[Tensor, "*n experts"]:
+    """g: zero but for the k largest logits."""
+    return top_k_gates(logits if reading == "softmax" else logits.softmax(dim=-1), k)
+
+
+# ---------------------------------------------------------------------- adapter
+
+
 class EPTAdapter(nn.Module):
-    """Seed A (r, in // s_min), B (out // s_min, r); per scale its experts' kernels (experts, s or out // s, s)."""
+    """Seed A (r, in // s_min), B (out // s_min, r); per scale its experts' kernels (experts, *kernel_shape)."""
 
     def __init__(self, site: LinearSite, config: EPT) -> None:
         super().__init__()
         self.config = config
         self.in_features, self.out_features = site.in_features, site.out_features
-        self.scale = config.alpha / config.rank
         i, o, r = site.in_features, site.out_features, config.rank
         smallest = min(config.kernels)
         draw = uniform if config.seed_init == "uniform" else normal
@@ -226,91 +311,49 @@ class EPTAdapter(nn.Module):
         self.B = nn.Parameter(draw((o // smallest, r), 0.0 if config.seed_init == "zero" else r**-0.5))
         bound = o**-0.5 if config.kernel_init == "uniform" else 0.0
         self.kernels = nn.ParameterList(
-            nn.Parameter(uniform((config.kernels.count(s), s if config.operator == "kronecker" else o // s, s), bound))
+            nn.Parameter(uniform((config.kernels.count(s), *config.definition.kernel_shape(s, o)), bound))
             for s in config.scales
         )
-        by_scale = sorted(range(len(config.kernels)), key=config.kernels.__getitem__)
-        in_order = by_scale == list(range(len(by_scale)))
-        self.register_buffer("by_scale", None if in_order else torch.tensor(by_scale), persistent=False)
         self.task_embedding = nn.Parameter(normal((config.num_tasks, i), 0.01))
         self.gate = nn.Linear(i, len(config.kernels), bias=config.gate_bias)
-        widest = o // smallest
-        factors = [(o // s) / widest if config.dimension_scale else 1.0 for s in config.kernels]
-        self.register_buffer("expert_scale", self.scale * torch.tensor(factors), persistent=False)
+        self.scale = config.alpha / r
+        dimension = [(o // s) / (o // smallest) if config.dimension_scale else 1.0 for s in config.scales]
+        self.factors = tuple(self.scale * each for each in dimension)
         self.dropout = nn.Dropout(config.dropout)
-        if config.operator == "kronecker":
-            kernels, widths = [(config.kernels.count(s), s) for s in config.scales], (i, o)
-            where = places(kernels, r, (i // smallest, o // smallest), widths, config.common_scale)
-            for name, indices in where._asdict().items():
-                self.register_buffer(f"places_{name}", indices, persistent=False)
 
-    by_scale: Tensor | None
-    expert_scale: Tensor
-
-    def expert_weights(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
-        """Gates of what is routed (task embeddings or tokens): zero but for the top k; no dimension factor yet."""
+    def route(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
+        """Gates of what is routed (task embeddings or tokens): zero but for the top k."""
         with torch.autocast(device_type=routed.device.type, enabled=False):
             logits = self.gate(routed.to(self.gate.weight.dtype))
         heat = self.config.router_temperature
-        return self.gates(logits if heat == 1 else logits / heat)
+        return expert_gates(logits if heat == 1 else logits / heat, self.config.top_k, self.config.gates)
 
-    def gates(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:
-        """Gates from the router's logits."""
-        if self.config.gates == "double_softmax":
-            return top_k_gates(logits.softmax(dim=-1), self.config.top_k)
-        return top_k_gates(logits, self.config.top_k)
-
-    def update(self, x: Float[Tensor, "rows *n i"], gates: Tensor) -> Float[Tensor, "rows *n o"]:
-        """Sum over experts of gate times W_e x; gates are (rows, experts) or (rows, *n, experts)."""
-        nothing = x.new_zeros(*x.shape[:-1], self.out_features)
-        channel = self.config.operator == "channel"
-        return self._add_update(
-            nothing, Apart(x) if channel else branches(x, gates, self.config.common_scale)[1], gates
-        )
-
-    def _branches(self, x: Tensor, gates: Tensor, ctx: SiteContext) -> tuple[Tensor, Apart, Tensor | None]:
-        """What the frozen layer, the update and, if there is one, the loss read of the input."""
-        if self.config.operator == "channel":
-            x, summary = with_summary(x, ctx, self.config.anchor) if self._wants_loss else (x, None)
-            return x, Apart(x), summary
-        shares = ctx.token_shares(x) if self._wants_loss and self.config.anchor == "mean" else None
-        for_base, for_update, mean = branches(x, gates, self.config.common_scale, shares)
-        return for_base, for_update, first_position(x) if self._wants_loss and shares is None else mean
-
-    def _add_update(self, y: Tensor, apart: Apart, gates: Tensor) -> Tensor:
-        weights = gates * self.expert_scale
-        if self.by_scale is not None:
-            weights = weights.index_select(-1, self.by_scale)
-        if self.config.operator == "channel":
-            return add_channel_update(y, apart.features, weights, self.A, self.B, list(self.kernels))
-        where = Places(*(getattr(self, f"places_{name}") for name in Places._fields))
-        return add_kronecker_update(y, apart, weights, self.A, self.B, list(self.kernels), where)
+    def add_update(
+        self, y: Float[Tensor, "rows *n o"], x: Float[Tensor, "rows *n i"], gates: Tensor, once: Once | None = None
+    ) -> Float[Tensor, "rows *n o"]:
+        """y plus the gated experts' updates; gates are (rows, experts) or (rows, *n, experts)."""
+        pyramid = Pyramid(self.A, self.B, list(self.kernels), self.factors)
+        return self.config.definition.add_update(y, x, gates, pyramid, once)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
-        tasks = ctx.tasks(x.shape[0]) if self.config.routing == "task" or self._wants_loss else None
+        wants_loss = self.training and self.config.contrastive > 0
+        tasks = ctx.tasks(x.shape[0]) if self.config.routing == "task" or wants_loss else None
+        if wants_loss:
+            assert tasks is not None
+            x, summary = with_summary(x, ctx, self.config.anchor)
+            record_contrastive(ctx, summary, self.task_embedding, tasks)
         if self.config.routing == "token":
-            gates = self.expert_weights(x)
+            gates = self.route(x)
         else:
             assert tasks is not None
-            gates = self.expert_weights(self.task_embedding).index_select(0, tasks)
+            gates = self.route(self.task_embedding).index_select(0, tasks)
         ctx.stat("gates", gates)
-        # Made once for q, k and v.
-        for_base, apart, summary = ctx.of_input("branches", x, lambda: self._branches(x, gates, ctx))
-        if summary is not None:
-            assert tasks is not None
-            record_contrastive(ctx, summary, self.task_embedding, tasks)
-        if self.training and self.dropout.p:  # before or after features are sorted is the same
-            apart = Apart(self.dropout(apart.features))
-        return self._add_update(base(for_base), apart, gates)
-
-    @property
-    def _wants_loss(self) -> bool:
-        return self.training and self.config.contrastive > 0
+        return self.add_update(base(x), self.dropout(x), gates, ctx.of_input)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
-        """The task's update as a matrix: what `update` does to the unit vectors."""
+        """The task's update as a matrix: what `add_update` adds for the unit vectors."""
         assert task is not None
-        gates = self.expert_weights(self.task_embedding[task])
+        gates = self.route(self.task_embedding[task])
         eye = torch.eye(self.in_features, device=self.A.device, dtype=self.A.dtype)
-        return self.update(eye[None], gates[None])[0].T
+        return self.add_update(eye.new_zeros(1, self.in_features, self.out_features), eye[None], gates[None])[0].T

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import moepeft
 from moepeft.attach import Attachment
-from moepeft.methods.ept import EPT
+from moepeft.methods.ept import EPT, expert_gates
 from moepeft.methods.lora import LoRA
 from moepeft.methods.mixlora import MixLoRA
 from moepeft.methods.moelora import MOELoRA
@@ -196,7 +196,7 @@ def replay_ept_paper(case: Case) -> Replay:
     adapter = attachment.adapters["base"]
     x, logits = _leaf(case, "x"), _leaf(case, "router_logits")
     # The vectors leave the router open: its logits are an input. They take the place of the gate's answer.
-    adapter.expert_weights = lambda routed: adapter.gates(logits.expand(routed.shape[0], -1))
+    adapter.route = lambda routed: expert_gates(logits.expand(routed.shape[0], -1), c["top_k"], "softmax")
     y = attachment_call(attachment, host, x, 0)
     values = _values(y, x, host, attachment)
     with torch.no_grad():
@@ -204,7 +204,8 @@ def replay_ept_paper(case: Case) -> Replay:
         for name in t:
             if name.startswith("W."):
                 one_hot = F.one_hot(torch.tensor(int(name[2:])), c["num_experts"]).to(x.dtype)
-                values[name] = adapter.update(eye, one_hot.expand(len(eye), -1)).T / adapter.scale
+                nothing = x.new_zeros(len(eye), c["out_features"])
+                values[name] = adapter.add_update(nothing, eye, one_hot.expand(len(eye), -1)).T / adapter.scale
     leaves = {"x": x, "router_logits": logits}
     leaves |= _leaves(attachment, {"A": "sites.base.A", "B": "sites.base.B"})
     leaves |= _leaves(attachment, {golden: f"sites.base.{own}" for own, golden in stacked.items()})

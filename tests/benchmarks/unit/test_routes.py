@@ -56,7 +56,7 @@ def test_task_gates_are_those_of_the_adapters():
     assert len(routing.sites) == len(model.attachment.sites) == 12
     for site in routing.sites:
         adapter = model.attachment.adapters[site.site]
-        gates = adapter.expert_weights(adapter.task_embedding).detach()
+        gates = adapter.route(adapter.task_embedding).detach()
         assert np.array(site.weights) == pytest.approx(gates.numpy(), rel=1e-3)
         assert np.array(site.shares) == pytest.approx((gates > 0).numpy() / 2)
         assert np.array(site.entropy) == pytest.approx(torch.special.entr(gates).sum(-1).numpy(), rel=1e-3)

@@ -12,12 +12,7 @@ import moepeft
 from moepeft.registry import factory_class
 from tests.library.property.test_fast_paths import plain_case, prepare
 
-SPECS = [
-    f"{name}@{preset}"
-    for name in moepeft.available()
-    for preset in factory_class(name).presets
-    if name != "ept"  # until its definition stands beside its fast path
-]
+SPECS = [f"{name}@{preset}" for name in moepeft.available() for preset in factory_class(name).presets]
 
 # A straight-through estimator's gradient is no derivative: of these parameters finite differences see nothing.
 STRAIGHT_THROUGH = {"more@published": ("gate.weight", "gate.bias", "task_embedding")}

@@ -149,5 +149,4 @@ def test_every_fast_path_is_used_and_gives_way() -> None:
     files = {
         Path(code.co_filename).relative_to(HOME) for code in called[False] if code.co_filename.startswith(str(HOME))
     }
-    # EPT until its definition stands beside its fast path.
-    assert not [file for file in files if "_fast" in str(file) and file.name != "ept.py"]
+    assert not [file for file in files if "_fast" in str(file)]

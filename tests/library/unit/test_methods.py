@@ -16,78 +16,12 @@ from benchmarks.methods.parse import parse_methods
 from moepeft import method
 from moepeft.config import ablations
 from moepeft.errors import ConfigError, UnknownMethod, Unsupported
-from moepeft.methods._fast import ept as _pyramid
-from moepeft.methods._fast.ept import (
-    add_kronecker_update,
-    add_together,
-    branches,
-    collect,
-    places,
-    residues,
-    spread,
-)
-from moepeft.methods.ept import EPT
 from moepeft.methods.mixlora import MixLoRA, choose, feed_forward
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
 from moepeft.ops.linear import token_shares, with_row_mean
 from moepeft.registry import METHODS, factory_class
 from tests.support.hosts import batch, build, output
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    size=st.integers(1, 9), m=st.integers(1, 6), h=st.integers(1, 6), rank=st.integers(1, 5), extra=st.integers(0, 8)
-)
-def test_kronecker_update_is_the_deconvolution(size: int, m: int, h: int, rank: int, extra: int) -> None:
-    draw = torch.Generator().manual_seed(size + 10 * m + 100 * h)
-    A = torch.randn(rank, m, generator=draw, dtype=torch.float64)
-    B = torch.randn(h, rank, generator=draw, dtype=torch.float64)
-    kernel = torch.randn(size, size, generator=draw, dtype=torch.float64)
-    x = torch.randn(2, 3, m * size + extra % size, generator=draw, dtype=torch.float64)
-    dense = F.conv_transpose2d((B @ A)[None, None], kernel[None, None], stride=size)[0, 0]
-    expected = F.linear(x[..., : m * size], dense)
-    for weights in (torch.ones(2, 1, dtype=torch.float64), torch.ones(2, 3, 1, dtype=torch.float64)):
-        nothing = x.new_zeros(2, 3, h * size + extra % size)
-        where = places([(1, size)], rank, (m, h), (x.shape[-1], nothing.shape[-1]), size)
-        update = add_kronecker_update(nothing, branches(x, weights, size)[1], weights, A, B, [kernel[None]], where)
-        assert torch.allclose(update, F.pad(expected, (0, extra % size)), atol=1e-10)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    scales=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    widths=st.tuples(st.integers(5, 23), st.integers(5, 23)),
-    rank=st.integers(1, 4),
-)
-def test_spread_seeds_are_kronecker_products(scales: list[int], widths: tuple[int, int], rank: int) -> None:
-    """`spread` against torch.kron, and `collect` against what autograd makes of the same products."""
-    i_s, o_s = (width // min(scales) for width in widths)
-    seeds = [torch.randn(rank, width, dtype=torch.float64, requires_grad=True) for width in (i_s, o_s)]
-    where = places([(1, m) for m in scales], rank, (i_s, o_s), widths, 1)
-    products = []
-    for seed, width in zip(seeds, widths, strict=True):
-        by_scale = [
-            F.pad(torch.kron(seed[:, : width // m], torch.eye(m, dtype=torch.float64)), (0, width % m)) for m in scales
-        ]
-        products.append(torch.cat([each.reshape(rank, -1, width).transpose(0, 1) for each in by_scale]).flatten(0, 1))
-    assert torch.equal(spread(*(seed.T for seed in seeds), where), torch.cat(products, dim=1))
-    cotangents = [torch.randn_like(each) for each in products]
-    gradients = torch.autograd.grad(products, seeds, cotangents)
-    for found, expected in zip(collect(*cotangents, i_s, where), gradients, strict=True):
-        assert torch.allclose(found.T, expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("g", [1, 2, 3])
-@pytest.mark.parametrize("width", [12, 13])
-def test_features_are_sorted_by_residue_and_put_back(width: int, g: int, dtype: torch.dtype) -> None:
-    """torch's channel shuffle, there and back, against features picked one residue after the other."""
-    x, y = torch.randn(2, 3, 5, width, dtype=dtype)
-    whole = width // g * g
-    apart = residues(x, g)
-    assert torch.equal(apart, torch.stack([x[..., k:whole:g] for k in range(g)], dim=1))
-    assert torch.equal(add_together(y, apart), y + F.pad(x[..., :whole], (0, width - whole)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -99,76 +33,6 @@ def test_row_mean_differentiates(masked: bool) -> None:
     same, mean = with_row_mean(x, token_shares(x, mask))
     assert torch.equal(same, x)
     assert torch.allclose(mean, torch.stack(means), atol=1e-14)
-
-
-@pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("again", [False, True])
-def test_ept_update_differentiates(
-    again: bool, tokens: bool, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch's own check of a hand-written backward, against finite differences; once only, and it says so."""
-    monkeypatch.setattr(_pyramid, "takes_apart_again", lambda source, apart: again)
-    i, o = widths
-    shapes = [
-        (2, 3, o),
-        (2, 3, i),
-        (2, 3, 5) if tokens else (2, 5),
-        (2, i // 2),
-        (o // 2, 2),
-        (3, 2, 2),
-        (2, 4, 4),
-    ]
-    where = places([(3, 2), (2, 4)], 2, (i // 2, o // 2), widths, 2)
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-    def update(y: Tensor, x: Tensor, weights: Tensor, A: Tensor, B: Tensor, *kernels: Tensor) -> Tensor:
-        z, apart, mean = branches(x, weights, 2, torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=x.dtype))
-        assert mean is not None
-        return add_kronecker_update(y + z.square().sum(), apart, weights, A, B, kernels, where) * mean.square().sum()
-
-    assert torch.autograd.gradcheck(update, leaves)
-    (first,) = torch.autograd.grad(update(*leaves).square().sum(), leaves[3], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
-def test_ept_update_per_row_equals_its_merged_weight() -> None:
-    """Rows of different tasks, a width that no kernel divides, token routing against the same gates by hand."""
-    model = nn.Sequential(nn.Linear(50, 35)).double()
-    adapters = moepeft.attach(model, EPT(num_tasks=3, kernel_init="uniform"))
-    model.double()
-    adapter = adapters.adapters["0"]
-    adapter.task_embedding.data.normal_()
-    x = torch.randn(3, 4, 50, dtype=torch.float64)
-    y = model(x, task_ids=torch.tensor([2, 0, 1]))
-    for row, task in enumerate((2, 0, 1)):
-        weight = model[0].weight + adapter.delta_weight(task)
-        assert torch.allclose(y[row], F.linear(x[row], weight, model[0].bias), atol=1e-12)
-    gates = adapter.expert_weights(adapter.task_embedding)
-    assert (gates > 0).sum(-1).eq(2).all()
-    assert torch.allclose(gates.sum(-1), torch.ones(3, dtype=torch.float64))
-    per_token = gates[torch.tensor([2, 0, 1])][:, None].expand(3, 4, 8)
-    assert torch.allclose(adapter.update(x, per_token), adapter.update(x, per_token[:, 0]), atol=1e-12)
-
-
-def test_ept_token_routing_gives_tokens_their_own_experts() -> None:
-    model = nn.Sequential(nn.Linear(48, 48))
-    adapters = moepeft.attach(model, EPT(routing="token", kernel_init="uniform", contrastive=0.0))
-    x = torch.randn(2, 5, 48)
-    with adapters.recording() as stats:
-        y = model(x)
-    assert stats["0"]["gates"].shape == (2, 5, 8)
-    assert len({tuple(row.nonzero().flatten().tolist()) for row in stats["0"]["gates"].flatten(0, 1)}) > 1
-    assert torch.allclose(y[0, 3], model(x[:1, 3:4])[0, 0], atol=1e-5)
-
-
-def test_ept_count_of_the_paper_site() -> None:
-    """6,144 + 240 numbers per 768 x 768 site at rank 8: seed and kernels."""
-    model = nn.Sequential(nn.Linear(768, 768, device="meta"))
-    adapter = moepeft.attach(model, EPT()).adapters["0"]
-    assert adapter.A.numel() + adapter.B.numel() == 6144
-    assert sum(kernel.numel() for kernel in adapter.kernels) == 240
 
 
 def _tucka(**fields: Any) -> tuple[nn.Sequential, moepeft.Attachment]:
@@ -390,11 +254,6 @@ def test_configs_refuse_with_value_range_and_way_out(name: str, fields: dict[str
         moepeft.method(name, **fields)
 
 
-def test_ept_refuses_a_site_narrower_than_its_kernel() -> None:
-    with pytest.raises(Unsupported, match="largest kernel 8 does not fit site '0' of shape 5 -> 9"):
-        moepeft.attach(nn.Sequential(nn.Linear(5, 9)), EPT())
-
-
 @pytest.mark.parametrize("name", ["moelora", "more", "ept", "tucka"])
 def test_deberta_position_table_belongs_to_no_row(name: str) -> None:
     """DeBERTa sends its relative positions through the query and key projections: rows still stand alone."""
@@ -441,11 +300,6 @@ def test_ablations_train_as_they_declare_and_differ_from_the_method(spec: str) -
         handle.after_step()
     still = {name for name, value in handle.named_parameters() if torch.equal(value, before[name])}
     assert all(name.endswith(factory.capabilities.never_trained) for name in still), still
-
-
-def test_ept_without_any_randomness_would_never_train() -> None:
-    with pytest.raises(ConfigError, match=r"no gradient.*kernel_init='uniform'"):
-        EPT(seed_init="zero")
 
 
 def test_ablations_are_chosen_on_the_command_line_together() -> None:
