@@ -8,48 +8,57 @@ Release: Yan-Zhenwei/EPT, commit 54ed6edc (no licence: computed anew, nothing co
     expert e with kernel size s: Z_e = B[:out // s] A[:, :in // s]                 the adaptive pruner
                                  W_e = deconv(Z_e; K_e), stride s, K_e (s, s)      zero at the start
     router: logits over experts from the task's embedding (gate (E, in), table (T, in) per site), or from the token
-    y = W0 x + (alpha / r) sum over the top k of  g_e (d_e / d_max) W_e x
+    y = W0 x + (alpha / r) sum over the top k of  g_e (s_e / T) W_e x
 
 A transposed convolution whose stride is its kernel size is a Kronecker product: W_e = Z_e (x) K_e, padded with zeros
 where s does not divide a side. So W_e is never built: `expert_update` applies the seed to blocks of s features, and the
 kernel inside each block.
 
-The dimension factor d_e / d_max is the width of the expert's seed, out // s, over that of the widest: the seed's first
-rows serve every scale and are updated most often. A contrastive loss over tasks, averaged over sites, pulls a row's
-summary towards its task's embedding.
+A contrastive loss over tasks, averaged over sites, pulls a row's summary towards its task's embedding.
 
-Differences between paper and release (preset `released` reproduces those that change numbers):
-* the release convolves activations, not the matrix: ``operator="channel"`` (`moepeft.methods._released.ept`);
-* it softmaxes the top-k probabilities once more: ``gates="double_softmax"``; here softmax over the chosen logits;
-* it starts kernels at random, not zero: ``kernel_init="uniform"``, and has no dimension factor;
-* its gate has a bias (``gate_bias``), and its contrastive loss looks at position 0: ``anchor="first"``;
-* its decoder's contrastive terms are dropped and the weight depends on literals for T5-base: not reproduced.
+Readings. The notes on the paper that we have write the dimension factor d_t / T and call {2, 2, 4, 4, 6, 6, 8, 8} the
+pyramid's dimensions. So d_t is the kernel size and T the number of tasks, and the factor grows with the scale:
+``dimension_factor="tasks"``. It is above 1 where there are fewer tasks than a kernel is wide. The opposite order takes
+d for the width of the expert's seed, over that of the widest, s_min / s: ``"seed"``. One note takes a softmax over all
+experts and keeps the k largest as they are: ``gates="softmax_all"``.
+
+`moepeft.methods._released.ept` lists what the release computes otherwise; the preset `released` reproduces it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moepeft.config import MethodConfig
+from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.fast import has_fast_path
-from moepeft.methods._contrastive import ContrastiveTerm, contrastive_task_loss, record_contrastive, with_summary
+from moepeft.methods._contrastive import (
+    ContrastiveSites,
+    ContrastiveTerm,
+    contrastive_task_loss,
+    gives_term,
+    record_contrastive,
+    with_summary,
+)
 from moepeft.methods._fast import ept as _fast
+from moepeft.methods._pyramid import Definition, Once, Pyramid, add_experts
 from moepeft.methods._released import ept as _released
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.gates import top_k_gates
 from moepeft.protocols import Base, Capabilities, LinearSite
+
+Gates = Literal["softmax", "double_softmax", "softmax_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,38 +73,32 @@ class EPT(MethodConfig):
         num_tasks: number of tasks T.
         routing: route by the task's embedding (mergeable), or by each token.
         router_temperature: divides the router's logits.
-        gates: softmax over the chosen logits, or the release's softmax of the chosen probabilities.
+        gates: softmax over the chosen logits; of the chosen probabilities, as the release; over all logits.
         gate_bias: whether the gate has a bias.
         operator: the equations' deconvolution of the seed, or the release's of the activations.
         kernel_init: start of the kernels.
         seed_init: start of A and B; zero is that of B alone, and needs kernels that do not start at zero.
-        dimension_scale: multiply each expert by d_e / d_max.
+        seed_width: of A and B: in and out over the smallest kernel, or half of them, as the release.
+        dimension_factor: s / T, s_min / s, or none.
         contrastive: coefficient of the contrastive loss.
+        contrastive_sites: which sites give a term to it; the loss is their mean.
         temperature: its temperature.
         anchor: a row's summary in it: mean over real tokens, or position 0.
         dropout: probability of dropping an input feature of the adapter while training.
     """
 
     name: ClassVar[str] = "ept"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "published": {},
-        "released": {
-            "operator": "channel",
-            "gates": "double_softmax",
-            "gate_bias": True,
-            "kernel_init": "uniform",
-            "seed_init": "uniform",
-            "dimension_scale": False,
-            "anchor": "first",
-        },
-    }
-    # Of the paper's table; its EPT-2468 is the published preset. Without the pruner the seeds would be cropped instead
-    # of sliced, which is the same: what remains of it is the dimension factor. Were A and B both zero nothing would
-    # ever train: as in LoRA, B alone is.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, "released": _released.PRESET}
+    recipes: ClassVar[Mapping[str, Recipe]] = _released.RECIPES
+    # Of the paper's table, whose EPT-2468 is the published preset, and the readings. Without the pruner seeds would be
+    # cropped in place of sliced, which is the same. Were A and B both zero nothing would train: as in LoRA, B alone is.
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "zero_seed": {"seed_init": "zero", "kernel_init": "uniform"},
         "no_top_k": {"top_k": 8},
-        "no_pruner": {"dimension_scale": False},
+        "factor_seed": {"dimension_factor": "seed"},
+        "no_factor": {"dimension_factor": "none"},
+        "gates_all": {"gates": "softmax_all"},
+        "gates_double": {"gates": "double_softmax"},
         "no_contrastive": {"contrastive": 0.0},
         "kernels_2": {"kernels": (2,) * 8},
         "kernels_4": {"kernels": (4,) * 8},
@@ -109,13 +112,15 @@ class EPT(MethodConfig):
     num_tasks: int = 1
     routing: Literal["task", "token"] = "task"
     router_temperature: float = 1.0
-    gates: Literal["softmax", "double_softmax"] = "softmax"
+    gates: Gates = "softmax"
     gate_bias: bool = False
     operator: Literal["kronecker", "channel"] = "kronecker"
     kernel_init: Literal["zero", "uniform"] = "zero"
     seed_init: Literal["normal", "uniform", "zero"] = "normal"
-    dimension_scale: bool = True
+    seed_width: Literal["smallest_kernel", "half"] = "smallest_kernel"
+    dimension_factor: Literal["tasks", "seed", "none"] = "tasks"
     contrastive: float = 0.1
+    contrastive_sites: ContrastiveSites = "all"
     temperature: float = 0.05
     anchor: Literal["mean", "first"] = "mean"
     dropout: float = 0.0
@@ -126,17 +131,15 @@ class EPT(MethodConfig):
         if not self.kernels:
             raise ConfigError("EPT: kernels is empty, wanted the kernel size of every expert, e.g. (2, 2, 4, 4)")
         for size in self.kernels:
-            check_count("EPT", "kernels", size)
+            check_count("EPT", "kernels", size, low=2 if self.seed_width == "half" else 1)
         object.__setattr__(self, "kernels", tuple(sorted(self.kernels)))
         check_count("EPT", "top_k", self.top_k, high=len(self.kernels), hint="there are as many experts as kernels")
         for field in ("alpha", "router_temperature", "temperature"):
             check_positive("EPT", field, getattr(self, field))
         check_positive("EPT", "contrastive", self.contrastive, zero=True)
         if self.seed_init == self.kernel_init == "zero":
-            raise ConfigError(
-                "EPT: with seed_init='zero' and kernel_init='zero' no gradient is ever other than zero; "
-                "let one of them start at random, e.g. kernel_init='uniform'"
-            )
+            zero = "seed_init='zero' and kernel_init='zero'"
+            raise ConfigError(f"EPT: with {zero} no gradient is ever other than zero; choose kernel_init='uniform'")
         check_choices("EPT", self)
         check_dropout("EPT", self.dropout)
 
@@ -146,7 +149,7 @@ class EPT(MethodConfig):
         untrained: tuple[str, ...] = ()
         if self.routing == "token" and not self.contrastive:
             untrained = ("task_embedding",)
-        elif self.routing == "task" and self.top_k == 1:
+        elif self.routing == "task" and self.top_k == 1 and self.gates != "softmax_all":
             # A softmax over one logit is the constant 1: no gradient reaches the router.
             untrained = ("gate.weight", "gate.bias", *(() if self.contrastive else ("task_embedding",)))
         return Capabilities(
@@ -163,16 +166,27 @@ class EPT(MethodConfig):
         return tuple(sorted(set(self.kernels)))
 
     @property
+    def seed_divisor(self) -> int:
+        """What the widths of a site are divided by for those of its seed."""
+        return 2 if self.seed_width == "half" else min(self.kernels)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """f_e of every scale: alpha / r times the dimension factor."""
+        dimension = {
+            "tasks": [s / self.num_tasks for s in self.scales],
+            "seed": [self.scales[0] / s for s in self.scales],
+            "none": [1.0 for _ in self.scales],
+        }
+        return tuple(self.alpha / self.rank * d for d in dimension[self.dimension_factor])
+
+    @property
     def definition(self) -> Definition:
         """What an expert is."""
-        return RELEASED if self.operator == "channel" else PUBLISHED
+        return _released.DEFINITION if self.operator == "channel" else PUBLISHED
 
     def select(self, sites: Sequence[LinearSite]) -> Sequence[LinearSite]:
-        """Every site whose sides are at least as wide as the largest kernel.
-
-        Raises:
-            Unsupported: there is none.
-        """
+        """Every site whose sides are at least as wide as the largest kernel; `Unsupported` if there is none."""
         chosen = [site for site in sites if min(site.in_features, site.out_features) >= max(self.kernels)]
         if not chosen:
             raise Unsupported(
@@ -187,16 +201,14 @@ class EPT(MethodConfig):
 
     def with_experts(self, number: int) -> Self:
         """The pyramid's kernel sizes, each once and over again, until there are `number` of them."""
-        distinct = tuple(dict.fromkeys(self.kernels))
-        kernels = tuple(islice(cycle(distinct), number))
-        return replace(self, kernels=kernels, top_k=min(self.top_k, number))
+        return replace(self, kernels=tuple(islice(cycle(self.scales), number)), top_k=min(self.top_k, number))
 
     def count(self, sites: Sequence[LinearSite]) -> int:
         """Per site: r (in + out) / s_min, the kernels, E in (and E for a bias) for the gate, T in for the table."""
         total = 0
         for site in sites:
-            i, o, smallest = site.in_features, site.out_features, min(self.kernels)
-            total += self.rank * (i // smallest + o // smallest)
+            i, o, divisor = site.in_features, site.out_features, self.seed_divisor
+            total += self.rank * (i // divisor + o // divisor)
             total += sum(prod(self.definition.kernel_shape(s, o)) for s in self.kernels)
             total += len(self.kernels) * (i + self.gate_bias) + self.num_tasks * i
         return total
@@ -207,20 +219,6 @@ class EPT(MethodConfig):
 
 
 # ---------------------------------------------------------------------- definition
-
-Once = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
-
-
-class Pyramid(NamedTuple):
-    """What a site's experts are made of: the seed, and per scale, ascending, its kernels and f_e.
-
-    f_e is alpha / r times the dimension factor.
-    """
-
-    A: Float[Tensor, "r i_s"]
-    B: Float[Tensor, "o_s r"]
-    kernels: Sequence[Float[Tensor, "_ _ _"]]
-    factors: Sequence[float]
 
 
 def expert_update(
@@ -240,58 +238,21 @@ def expert_update(
     return F.pad(grown.flatten(-2), (0, out_features - h * s))
 
 
-def add_experts(
-    expert: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
-    y: Float[Tensor, "rows *n o"],
-    x: Float[Tensor, "rows *n i"],
-    gates: Float[Tensor, "rows *some experts"],
-    pyramid: Pyramid,
-) -> Float[Tensor, "rows *n o"]:
-    """y plus the sum over experts of g_e f_e W_e x, scale by scale; gates are per row, or per token.
-
-    The experts of a scale share their seed, and `expert`, W_e x, is linear in the kernel: kernels add up first.
-    """
-    gates = gates.view(gates.shape[0], *(1,) * (x.dim() - gates.dim()), *gates.shape[1:])
-    A, B = pyramid.A.to(x.dtype), pyramid.B.to(x.dtype)
-    of_scales = torch.split(gates, [len(K) for K in pyramid.kernels], dim=-1)
-    for g, K, f in zip(of_scales, pyramid.kernels, pyramid.factors, strict=True):
-        gated = torch.einsum("...e,est->...st", f * g, K).to(x.dtype)
-        y = y + expert(x, A, B, gated, y.shape[-1]).to(y.dtype)
-    return y
-
-
 @has_fast_path(_fast.add_pyramid, compiled=False)
 def add_pyramid(y: Tensor, x: Tensor, gates: Tensor, pyramid: Pyramid, once: Once | None = None) -> Tensor:
     """`add_experts` of `expert_update`; `once` is `SiteContext.of_input`, for what a fast path makes of x alone."""
     return add_experts(expert_update, y, x, gates, pyramid)
 
 
-def add_channels(y: Tensor, x: Tensor, gates: Tensor, pyramid: Pyramid, once: Once | None = None) -> Tensor:
-    """`add_experts` of the release's experts."""
-    return add_experts(_released.expert_update, y, x, gates, pyramid)
-
-
-class Definition(NamedTuple):
-    """What an expert is.
-
-    Attributes:
-        kernel_shape: shape of a kernel, from its size s and the width of the output.
-        add_update: y plus the gated experts' updates, with the arguments of `add_pyramid`.
-    """
-
-    kernel_shape: Callable[[int, int], tuple[int, int]]
-    add_update: Callable[..., Tensor]
-
-
 PUBLISHED = Definition(lambda s, out_features: (s, s), add_pyramid)
-RELEASED = Definition(_released.kernel_shape, add_channels)
 
 
-def expert_gates(
-    logits: Float[Tensor, "*n experts"], k: int, reading: Literal["softmax", "double_softmax"]
-) -> Float[Tensor, "*n experts"]:
+def expert_gates(logits: Float[Tensor, "*n experts"], k: int, reading: Gates) -> Float[Tensor, "*n experts"]:
     """g: zero but for the k largest logits."""
-    return top_k_gates(logits if reading == "softmax" else logits.softmax(dim=-1), k)
+    if reading == "softmax":
+        return top_k_gates(logits, k)
+    p = logits.softmax(dim=-1)
+    return top_k_gates(p, k) if reading == "double_softmax" else p * (top_k_gates(logits, k) > 0)
 
 
 # ---------------------------------------------------------------------- adapter
@@ -302,13 +263,12 @@ class EPTAdapter(nn.Module):
 
     def __init__(self, site: LinearSite, config: EPT) -> None:
         super().__init__()
-        self.config = config
-        self.in_features, self.out_features = site.in_features, site.out_features
+        self.config, self.in_features, self.out_features = config, site.in_features, site.out_features
         i, o, r = site.in_features, site.out_features, config.rank
-        smallest = min(config.kernels)
+        i_s, o_s = (width // config.seed_divisor for width in (i, o))
         draw = uniform if config.seed_init == "uniform" else normal
-        self.A = nn.Parameter(draw((r, i // smallest), (i // smallest) ** -0.5))
-        self.B = nn.Parameter(draw((o // smallest, r), 0.0 if config.seed_init == "zero" else r**-0.5))
+        self.A = nn.Parameter(draw((r, i_s), i_s**-0.5))
+        self.B = nn.Parameter(draw((o_s, r), 0.0 if config.seed_init == "zero" else r**-0.5))
         bound = o**-0.5 if config.kernel_init == "uniform" else 0.0
         self.kernels = nn.ParameterList(
             nn.Parameter(uniform((config.kernels.count(s), *config.definition.kernel_shape(s, o)), bound))
@@ -316,9 +276,7 @@ class EPTAdapter(nn.Module):
         )
         self.task_embedding = nn.Parameter(normal((config.num_tasks, i), 0.01))
         self.gate = nn.Linear(i, len(config.kernels), bias=config.gate_bias)
-        self.scale = config.alpha / r
-        dimension = [(o // s) / (o // smallest) if config.dimension_scale else 1.0 for s in config.scales]
-        self.factors = tuple(self.scale * each for each in dimension)
+        self.factors, self.gives_term = config.factors, gives_term(config, site)
         self.dropout = nn.Dropout(config.dropout)
 
     def route(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
@@ -337,7 +295,7 @@ class EPTAdapter(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
-        wants_loss = self.training and self.config.contrastive > 0
+        wants_loss = self.training and self.gives_term
         tasks = ctx.tasks(x.shape[0]) if self.config.routing == "task" or wants_loss else None
         if wants_loss:
             assert tasks is not None

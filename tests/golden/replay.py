@@ -187,7 +187,7 @@ def replay_ept_paper(case: Case) -> Replay:
     """`ept_paper__*`: the operator, with the router's logits given."""
     c, t = case.config, case.tensors
     factory = EPT(
-        rank=c["r"], alpha=c["alpha"], kernels=tuple(c["kernel_sizes"]), top_k=c["top_k"], dimension_scale=False
+        rank=c["r"], alpha=c["alpha"], kernels=tuple(c["kernel_sizes"]), top_k=c["top_k"], dimension_factor="none"
     )
     stacked = _kernels(case)
     parameters = {"A": t["A"], "B": t["B"]}
@@ -205,7 +205,7 @@ def replay_ept_paper(case: Case) -> Replay:
             if name.startswith("W."):
                 one_hot = F.one_hot(torch.tensor(int(name[2:])), c["num_experts"]).to(x.dtype)
                 nothing = x.new_zeros(len(eye), c["out_features"])
-                values[name] = adapter.add_update(nothing, eye, one_hot.expand(len(eye), -1)).T / adapter.scale
+                values[name] = adapter.add_update(nothing, eye, one_hot.expand(len(eye), -1)).T * c["r"] / c["alpha"]
     leaves = {"x": x, "router_logits": logits}
     leaves |= _leaves(attachment, {"A": "sites.base.A", "B": "sites.base.B"})
     leaves |= _leaves(attachment, {golden: f"sites.base.{own}" for own, golden in stacked.items()})
@@ -240,6 +240,7 @@ def replay_ept_released(case: Case) -> Replay:
     c, t = case.config, case.tensors
     factory = moepeft.method(
         "ept@released",
+        dropout=0.0,
         rank=c["r"],
         alpha=c["alpha"],
         kernels=tuple(c["kernel_sizes"]),

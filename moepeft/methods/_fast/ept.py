@@ -25,7 +25,7 @@ keep twice as much for backward. torch.compile fuses the definition instead, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moepeft.methods._fast.ept_tables import Tables, cached_tables
+from moepeft.methods._pyramid import Once, Pyramid
 
 # A product per group needs no sorting of its result. Groups with fewer tokens are faster multiplied together.
 FEW_TOKENS = 16
@@ -44,8 +45,8 @@ def add_pyramid(
     y: Float[Tensor, "rows *n o"],
     x: Float[Tensor, "rows *n i"],
     gates: Float[Tensor, "rows *some experts"],
-    pyramid: tuple[Tensor, Tensor, Sequence[Tensor], Sequence[float]],
-    once: Callable[[str, Tensor, Callable[[], Tensor]], Tensor] | None = None,
+    pyramid: Pyramid,
+    once: Once | None = None,
 ) -> Float[Tensor, "rows *n o"]:
     """`moepeft.methods.ept.add_pyramid`, once differentiable; `once` sorts the features for all sites that read x."""
     A, B, kernels, factors = pyramid

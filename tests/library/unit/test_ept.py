@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import moepeft
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.fast import fast_paths
-from moepeft.methods.ept import EPT, Definition, Pyramid, add_experts, add_pyramid, expert_update
+from moepeft.methods.ept import EPT, Definition, Pyramid, add_experts, add_pyramid, expert_gates, expert_update
+from tests.support.hosts import batch, build, output
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -66,7 +67,8 @@ def test_an_expert_is_a_deconvolution_and_a_kronecker_product(size: int, w: int,
     dense = F.conv_transpose2d((B @ A)[None, None], kernel[None], stride=size)[0, 0]
     assert np.allclose(dense.detach(), np.kron((B @ A).detach(), kernel[0].detach()), atol=1e-12)
     expected = F.pad(F.linear(x[..., : w * size], dense), (0, o - h * size))
-    assert torch.allclose(expert_update(x, A, B, kernel, o), expected, atol=1e-10)
+    K = kernel.expand(2, 1, size, size)
+    assert torch.allclose(expert_update(x, A, B, K, o), expected, atol=1e-10)
     for enabled in (True, False):
         for gates in (x.new_ones(2, 1), x.new_ones(2, 3, 1)):
             with fast_paths(enabled):
@@ -142,7 +144,7 @@ def test_the_released_operator_is_a_dense_matrix() -> None:
     seed = adapter.B[: 35 // 4] @ adapter.A[:, : 50 // 4]
     dense = torch.zeros(35, 50, dtype=torch.float64)
     dense[:32, :12] = torch.cat([torch.outer(kernels[0, c], seed[c]) for c in range(8)])
-    assert torch.allclose(adapter.delta_weight(0), adapter.scale * dense, atol=1e-12)
+    assert torch.allclose(adapter.delta_weight(0), 4 * dense, atol=1e-12)  # alpha / r = 32 / 8
 
 
 # ---------------------------------------------------------------------- a method of one's own
@@ -267,6 +269,99 @@ def test_compiles_for_lengths_that_change(either: bool) -> None:
             found = torch.autograd.grad(compiled(x).square().sum(), list(adapters.parameters()), allow_unused=True)
         for a, b in zip(found, expected, strict=True):
             assert (a is None and b is None) or torch.allclose(a, b, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- readings
+
+
+@pytest.mark.parametrize(
+    ("reading", "factors"),
+    [("tasks", [2 / 8, 4 / 8, 6 / 8, 8 / 8]), ("seed", [1, 1 / 2, 1 / 3, 1 / 4]), ("none", [1, 1, 1, 1])],
+)
+def test_dimension_factors(reading: Any, factors: list[float]) -> None:
+    assert EPT(num_tasks=8, dimension_factor=reading, alpha=8.0).factors == pytest.approx(factors)
+
+
+def test_the_dimension_factor_scales_each_expert() -> None:
+    """d_t / T is the default; with one task the largest kernel counts eight times."""
+    adapter = moepeft.attach(nn.Sequential(nn.Linear(24, 24)), EPT(num_tasks=1, alpha=8.0)).adapters["0"]
+    plain = moepeft.attach(nn.Sequential(nn.Linear(24, 24)), EPT(dimension_factor="none", alpha=8.0)).adapters["0"]
+    for kernel in adapter.kernels:
+        nn.init.normal_(kernel)
+    plain.load_state_dict(adapter.state_dict())
+    x, y = torch.randn(1, 3, 24), torch.zeros(1, 3, 24)
+    for expert, size in enumerate((2, 2, 4, 4, 6, 6, 8, 8)):
+        gates = F.one_hot(torch.tensor([expert]), 8).float()
+        assert torch.allclose(adapter.add_update(y, x, gates), size * plain.add_update(y, x, gates), rtol=1e-4)
+
+
+def test_gates_of_a_softmax_over_all_keep_their_share() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 3.5, -1.0, 0.0]], dtype=torch.float64)
+    p = logits.softmax(-1)
+    assert expert_gates(logits, 2, "softmax_all").tolist() == [[0, 0, p[0, 2], p[0, 3]], [p[1, 0], p[1, 1], 0, 0]]
+    renormalised = p[0, 2:] / p[0, 2:].sum()
+    assert torch.allclose(expert_gates(logits, 2, "softmax")[0, 2:], renormalised)
+    assert torch.allclose(expert_gates(logits, 2, "double_softmax")[0, 2:], p[0, 2:].softmax(-1))
+
+
+def test_the_router_trains_with_one_expert_where_gates_are_not_renormalised() -> None:
+    for reading, trains in (("softmax", False), ("softmax_all", True)):
+        factory = EPT(num_tasks=2, top_k=1, gates=reading, kernel_init="uniform", contrastive=0.0)
+        adapters = moepeft.attach(nn.Sequential(nn.Linear(24, 24)), factory)
+        adapters.model(torch.randn(2, 3, 24), task_ids=torch.tensor([0, 1])).square().sum().backward()
+        gradient = adapters.adapters["0"].gate.weight.grad
+        assert (gradient is not None and bool(gradient.any())) == trains
+        assert ("gate.weight" in factory.capabilities.never_trained) != trains
+
+
+@pytest.mark.parametrize("kernels", [(4, 4, 4, 4, 8, 8, 12, 12), (3, 3, 4, 5, 6, 7, 8, 9), (2, 4)])
+@pytest.mark.parametrize(("rank", "top_k"), [(4, 1), (16, 2)])
+def test_the_released_seed_is_half_whatever_the_kernels(kernels: tuple[int, ...], rank: int, top_k: int) -> None:
+    factory = moepeft.method("ept@released", kernels=kernels, rank=rank, top_k=top_k, num_tasks=3)
+    adapters = moepeft.attach(nn.Sequential(nn.Linear(50, 35)), factory)
+    adapter = adapters.adapters["0"]
+    assert adapter.A.shape == (rank, 25)
+    assert adapter.B.shape == (17, rank)
+    assert [tuple(K.shape[1:]) for K in adapter.kernels] == [(35 // s, s) for s in sorted(set(kernels))]
+    count = adapters.parameter_count()
+    assert count.total == count.closed_form
+
+
+def test_a_half_seed_has_no_kernel_of_size_one() -> None:
+    with pytest.raises(ConfigError, match="kernels=1, wanted a whole number from 2 on"):
+        EPT(kernels=(1, 2), seed_width="half")
+
+
+def test_the_released_loss_is_the_mean_over_encoder_sites_alone() -> None:
+    """0.1 times the mean over sites that stand in the encoder; the decoder's tables get no contrastive gradient."""
+    model = build("t5")
+    adapters = moepeft.attach(model, moepeft.method("ept@released", num_tasks=4, kernels=(2, 4), dropout=0.0))
+    inputs = batch(model)
+    output(model.train(), inputs, task_ids=torch.arange(4))
+    terms = adapters.runtime.losses["contrastive"]
+    encoder = [site.name for site in adapters.sites if site.name.startswith("encoder.")]
+    assert sorted(terms) == sorted(encoder)
+    singles = [adapters.factory.aux_loss("contrastive", [term]) for term in terms.values()]
+    assert torch.allclose(adapters.aux_loss(), torch.stack(singles).mean())
+    adapters.aux_loss().backward()
+    for site, adapter in adapters.adapters.items():
+        gradient = adapter.task_embedding.grad
+        assert (gradient is not None and bool(gradient.any())) == site.startswith("encoder."), site
+
+
+def test_readings_are_among_the_ablations() -> None:
+    readings = [{**ablation} for ablation in EPT.ablations.values()]
+    assert {a["dimension_factor"] for a in readings if "dimension_factor" in a} == {"seed", "none"}
+    assert {a["gates"] for a in readings if "gates" in a} == {"softmax_all", "double_softmax"}
+    assert (EPT().dimension_factor, EPT().gates) == ("tasks", "softmax")
+
+
+def test_the_recipe_is_what_the_script_trains_with() -> None:
+    released, recipe = moepeft.method("ept@released"), EPT.recipes["glue"]
+    assert (released.rank, released.alpha, released.top_k, released.dropout) == (8, 32, 2, 0.1)
+    assert released.kernels == (2, 2, 4, 4, 6, 6, 8, 8)
+    assert (recipe.learning_rate, recipe.batch_size, recipe.warmup_steps, recipe.weight_decay) == (3e-4, 128, 500, 0.01)
+    assert recipe.sources["learning_rate"] == "script/train_ept.sh"
 
 
 # ---------------------------------------------------------------------- the configuration

@@ -1,0 +1,57 @@
+"""What EPT's equations and its release share: experts of several scales that have one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Once = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
+"""`SiteContext.of_input`: makes what depends on an input alone once for all sites that read the input."""
+
+
+class Pyramid(NamedTuple):
+    """What a site's experts are made of: the seed, and per scale, ascending, its kernels and f_e.
+
+    f_e is alpha / r times the dimension factor.
+    """
+
+    A: Float[Tensor, "r i_s"]
+    B: Float[Tensor, "o_s r"]
+    kernels: Sequence[Float[Tensor, "_ _ _"]]
+    factors: Sequence[float]
+
+
+class Definition(NamedTuple):
+    """What an expert is.
+
+    Attributes:
+        kernel_shape: shape of a kernel, from its size s and the width of the output.
+        add_update: y plus the gated experts' updates, with the arguments of `add_pyramid`.
+    """
+
+    kernel_shape: Callable[[int, int], tuple[int, int]]
+    add_update: Callable[..., Tensor]
+
+
+def add_experts(
+    expert: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+    y: Float[Tensor, "rows *n o"],
+    x: Float[Tensor, "rows *n i"],
+    gates: Float[Tensor, "rows *some experts"],
+    pyramid: Pyramid,
+) -> Float[Tensor, "rows *n o"]:
+    """y plus the sum over experts of g_e f_e W_e x, scale by scale; gates are per row, or per token.
+
+    The experts of a scale share their seed, and `expert`, W_e x, is linear in the kernel: kernels add up first.
+    """
+    gates = gates.view(gates.shape[0], *(1,) * (x.dim() - gates.dim()), *gates.shape[1:])
+    A, B = pyramid.A.to(x.dtype), pyramid.B.to(x.dtype)
+    of_scales = torch.split(gates, [len(K) for K in pyramid.kernels], dim=-1)
+    for g, K, f in zip(of_scales, pyramid.kernels, pyramid.factors, strict=True):
+        gated = torch.einsum("...e,est->...st", f * g, K).to(x.dtype)
+        y = y + expert(x, A, B, gated, y.shape[-1]).to(y.dtype)
+    return y
