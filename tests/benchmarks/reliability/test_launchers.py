@@ -15,7 +15,7 @@ from tests.benchmarks.end_to_end.test_run import PROTOCOL
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = ROOT / "tests" / "reliability" / "train_with_trainer.py"
+SCRIPT = Path(__file__).with_name("train_with_trainer.py")
 
 
 def run(folder: Path, *command: str) -> str:
