@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("moepeft", "benchmarks")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
-# Still to be split; then the median is to be 150.
-TOO_LONG = ("moepeft/attach.py",)
-MEDIAN = 165
+TOO_LONG = ("moepeft/context.py",)  # still to be split
 
 
 def lines(path: Path) -> int:
@@ -37,7 +35,7 @@ def test_the_top_of_benchmarks_is_its_commands() -> None:
 def test_files_are_small() -> None:
     sizes = {path.relative_to(ROOT).as_posix(): lines(path) for path in FILES}
     assert {name: size for name, size in sizes.items() if size > 320 and name not in TOO_LONG} == {}
-    assert statistics.median(size for size in sizes.values() if size > 1) <= MEDIAN  # one line: an empty __init__.py
+    assert statistics.median(size for size in sizes.values() if size > 1) <= 150  # one line: an empty __init__.py
 
 
 def test_functions_are_short() -> None:

@@ -49,28 +49,35 @@ NO_KERNELS = (
 
 
 class Device(TorchDispatchMode):
-    """Watches the pretended device; what is read from it is `scalar`, what is read from the CPU is 1.
+    """Watches the pretended device, and makes up the values that are read.
 
     Attributes:
+        device_value: what every value read from the device is.
+        host_value: what every value read from the host is.
         waits: what the host waited for and the line that asked for it -> how often.
         kernels: operations on the device, views and mere allocations left out -> how often.
     """
 
-    def __init__(self, scalar: float) -> None:
+    def __init__(self, device_value: float, host_value: float) -> None:
         super().__init__()
-        self.scalar = scalar
+        self.device_value, self.host_value = device_value, host_value
         self.waits: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and operation.namespace == "aten":  # operations made of others come whole
+            with self:
+                made = operation.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = any(tensor.device.type == "cuda" for tensor in tensors)
         if operation is aten._local_scalar_dense.default:
             (tensor,) = tensors
             if on_device:
                 self._note_wait("a value is read")
-            value = self.scalar if on_device else 1
+            value = self.device_value if on_device else self.host_value
             kind = bool if tensor.dtype == torch.bool else float if tensor.is_floating_point() else int
             return kind(value)
         if on_device and operation in WAITING:
@@ -86,7 +93,10 @@ class Device(TorchDispatchMode):
         return made
 
     def _note_copy(self, operation: Any, args: Any, kwargs: Any) -> None:
-        """A copy between devices makes the host wait, unless it may go on and its memory is pinned."""
+        """A copy between devices makes the host wait, unless it may go on and the host's memory is pinned.
+
+        torch pins what such a copy to the host is written to.
+        """
         if operation is aten._to_copy.default:
             source, target = args[0], kwargs.get("device") or args[0].device
             free = kwargs.get("non_blocking", False)
@@ -96,7 +106,8 @@ class Device(TorchDispatchMode):
         else:
             return
         kinds = source.device.type, torch.device(target).type
-        if kinds[0] != kinds[1] and not (free and getattr(source, "pretends_to_be_pinned", False)):
+        pinned = kinds[0] == "cuda" or getattr(source, "pretends_to_be_pinned", False)
+        if kinds[0] != kinds[1] and not (free and pinned):
             self._note_wait(f"copy from {kinds[0]} to {kinds[1]}")
 
     def _note_wait(self, what: str) -> None:
@@ -151,6 +162,19 @@ def _convert(mode: FakeTensorMode) -> Callable[..., nn.Module]:
     return apply
 
 
+class Event:
+    """A mark in the device's queue, which is always empty."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _pin(tensor: Tensor, *_: object) -> Tensor:
     pinned = tensor.clone()
     pinned.pretends_to_be_pinned = True  # type: ignore[attr-defined]
@@ -158,13 +182,14 @@ def _pin(tensor: Tensor, *_: object) -> Tensor:
 
 
 @contextmanager
-def pretend(scalar: float = 1) -> Iterator[Device]:
+def pretend(device_value: float = 1, host_value: float = 1) -> Iterator[Device]:
     """Inside, torch says that it has CUDA, and makes tensors without values.
 
     A module made outside keeps its values on the CPU until ``module.to("cuda")``.
 
     Args:
-        scalar: what every value read from the device is.
+        device_value: what every value read from the device is.
+        host_value: what every value read from the host is.
     """
     with ExitStack() as stack:
         mode = _Values(allow_non_fake_inputs=True)
@@ -174,6 +199,8 @@ def pretend(scalar: float = 1) -> Iterator[Device]:
             "torch.cuda.current_device": lambda: 0,
             "torch.cuda.set_device": lambda device: None,
             "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
+            "torch.cuda.Event": Event,
+            "torch.cuda.get_device_name": lambda device=None: "pretended",
             "torch.cuda.synchronize": lambda device=None: None,
             "torch.cuda.empty_cache": lambda: None,
             "torch.cuda.reset_peak_memory_stats": lambda device=None: None,
@@ -189,7 +216,7 @@ def pretend(scalar: float = 1) -> Iterator[Device]:
         for target, answer in answers.items():
             stack.enter_context(mock.patch(target, answer))
         stack.enter_context(mode)
-        yield stack.enter_context(Device(scalar))
+        yield stack.enter_context(Device(device_value, host_value))
 
 
 def _read_all(tensor: Tensor) -> Any:

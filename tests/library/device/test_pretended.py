@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+import moepeft
 from tests.support.variants import variants
 
 pytestmark = [
@@ -36,11 +37,11 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
 
     @functools.cache
-    def walk(host: str) -> dict[str, dict[str, dict[str, Any]]]:
-        path = folder / f"walk-{host}.json"
+    def walk(host: str, module: str = "walk") -> dict[str, dict[str, dict[str, Any]]]:
+        path = folder / f"{module}-{host}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                run_device("walk", host, str(path))
+                run_device(module, host, str(path))
         found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
         return found
 
@@ -80,6 +81,18 @@ def test_every_phase_stays_on_the_device(walked: Any, host: str, label: str) -> 
     waits = {name: phase["waits"] for name, phase in phases.items() if name.startswith("steady")}
     assert {"steady step", "steady checkpointed step", "steady evaluation"} <= set(waits)
     ours = {name: [wait for wait in found if "transformers" not in wait] for name, found in waits.items()}
+    assert not any(ours.values()), ours
+
+
+@pytest.mark.parametrize("method", moepeft.available())
+@pytest.mark.parametrize("backbone", ["tiny-bert", "tiny-llama"])
+def test_the_runner_stays_on_the_device(walked: Any, backbone: str, method: str) -> None:
+    phases = walked(backbone, "loop")[method]
+    assert not {name: phase["error"] for name, phase in phases.items() if phase["error"]}
+    steps = {name: phase["waits"] for name, phase in phases.items() if name.startswith("step ")}
+    assert list(steps) == ["step 1", "step 2", "step 3"]
+    del steps["step 1"]  # a method may look at its first batch
+    ours = {name: [wait for wait in waits if "transformers" not in wait] for name, waits in steps.items()}
     assert not any(ours.values()), ours
 
 
