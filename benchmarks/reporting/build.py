@@ -18,6 +18,7 @@ from benchmarks.reporting.figures.plan import plan_figures
 from benchmarks.reporting.figures.style import use_style, write_svg
 from benchmarks.reporting.footnotes import group_caption, records_hash
 from benchmarks.reporting.parameters import parameters_table
+from benchmarks.reporting.ranks import ranks_tables
 from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
 from benchmarks.reporting.scores import scores_table
 from benchmarks.reporting.throughput import throughput_table
@@ -96,7 +97,8 @@ def make_tables(
     if reference is not None:
         compared = comparison_table(frame, load_outcomes(), reference, band)
         tables += [] if compared is None else [compared]
-    return [*tables, parameters_table(frame), throughput_table(frame, reference), *tuning_tables(frame)]
+    costs = [parameters_table(frame), throughput_table(frame, reference)]
+    return [*tables, *ranks_tables(frame), *costs, *tuning_tables(frame)]
 
 
 def write_report(root: Path, reference: str | None = None) -> str:

@@ -35,7 +35,8 @@ def rank_methods(scores: pd.DataFrame) -> Ranks:
             f"got scores of {scores.shape[1]} methods on {scores.shape[0]} tasks; "
             "ranks need at least 3 methods and 2 tasks"
         )
-    ranks = scores.rank(axis=1, ascending=False, na_option="bottom")
+    # Means of equal scores may differ in their last digit: such methods are tied.
+    ranks = scores.round(9).rank(axis=1, ascending=False, na_option="bottom")
     # All tied everywhere: SciPy would divide zero by zero.
     is_tied = bool(ranks.nunique(axis=1).eq(1).all())
     p_value = 1.0 if is_tied else float(stats.friedmanchisquare(*ranks.to_numpy().T).pvalue)

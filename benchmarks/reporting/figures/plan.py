@@ -13,9 +13,10 @@ from benchmarks.records.comparable import Group
 from benchmarks.reporting.figures.curves import draw_curves
 from benchmarks.reporting.figures.embeddings import draw_embeddings
 from benchmarks.reporting.figures.experts import draw_routing
-from benchmarks.reporting.figures.ranks import can_rank, draw_ranks
+from benchmarks.reporting.figures.ranks import draw_ranks
 from benchmarks.reporting.figures.style import Style, choose_styles
 from benchmarks.reporting.figures.trade_off import Interval, Point, draw_trade_off
+from benchmarks.reporting.ranks import can_rank, pivot_scores
 from benchmarks.reporting.scores import MethodScores, rank_rows
 from benchmarks.reporting.views import count_runs, is_baseline, name_protocol, pivot_costs, select_finished
 
@@ -96,17 +97,10 @@ def _plan_curves(frame: pd.DataFrame, baselines: list[str], styles: dict[str, St
 
 
 def _plan_ranks(frame: pd.DataFrame, styles: dict[str, Style]) -> Drawings:
-    scores = pd.DataFrame(
-        {
-            row.label: {task: averages[0].mean for task, averages in row.tasks.items()}
-            for row in rank_rows(frame)
-            if not is_baseline(row.method)
-        },
-        dtype=float,
-    ).dropna(how="all")
-    return (
-        {"critical-difference": partial(draw_ranks, scores, styles, name_protocol(frame))} if can_rank(scores) else {}
-    )
+    scores = pivot_scores(frame)
+    if not can_rank(scores):
+        return {}
+    return {"critical-difference": partial(draw_ranks, scores, styles, name_protocol(frame))}
 
 
 def _plan_routing(group: Group) -> Drawings:

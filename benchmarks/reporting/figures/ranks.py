@@ -14,14 +14,6 @@ from benchmarks.statistics.ranks import rank_methods
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MINIMUM_TASKS = 5
-MINIMUM_METHODS = 3
-
-
-def can_rank(scores: pd.DataFrame) -> bool:
-    """Whether there are methods (columns) and tasks (rows) enough for the test to say anything."""
-    return bool(scores.shape[1] >= MINIMUM_METHODS and scores.shape[0] >= MINIMUM_TASKS)
-
 
 def draw_ranks(scores: pd.DataFrame, styles: Mapping[str, Style], title: str) -> Figure:
     """Draw the ranks of scores (tasks, methods); a bar joins methods that Nemenyi's test does not tell apart."""

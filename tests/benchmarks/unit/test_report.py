@@ -44,7 +44,7 @@ def test_every_table_in_three_formats_and_the_figures(filled):
     names = {
         path.relative_to(filled).as_posix() for path in filled.glob("*/*") if path.suffix not in {".json", ".parquet"}
     }
-    tables = {f"tables/{name}.{kind}" for name in ("scores", "comparison", "parameters", "throughput")
+    tables = {f"tables/{name}.{kind}" for name in ("scores", "comparison", "ranks", "parameters", "throughput")
               for kind in ("md", "csv", "tex")}  # fmt: skip
     figures = {"score-parameters", "score-step-time", "training-curves", "critical-difference"}
     assert names == tables | {f"figures/{name}.svg" for name in figures}

@@ -147,6 +147,11 @@ def test_ranks_share_ties_and_put_failures_last():
     assert dict(rank_methods(scores).mean) == pytest.approx({"a": 1.5, "b": 6.5 / 3, "c": 7 / 3})
 
 
+def test_scores_that_differ_in_their_last_digit_are_tied():
+    scores = pd.DataFrame([[0.1 + 0.2, 0.3, 0.1]] * 5)
+    assert list(rank_methods(scores).mean) == [1.5, 1.5, 3]
+
+
 def test_friedman_is_scipys_and_knows_ties():
     scores = pd.DataFrame(np.random.default_rng(0).random((8, 4)))
     assert rank_methods(scores).p_value == pytest.approx(scipy_stats.friedmanchisquare(*scores.to_numpy().T).pvalue)

@@ -12,6 +12,7 @@ from benchmarks.records.comparable import group_records
 from benchmarks.records.schema import Tuning
 from benchmarks.reporting.footnotes import find_unequal_budgets, group_caption
 from benchmarks.reporting.parameters import InconsistentRecordsError, parameters_table
+from benchmarks.reporting.ranks import ranks_tables
 from benchmarks.reporting.scores import average_scores, estimate_row_error, scores_table
 from benchmarks.reporting.throughput import throughput_table
 from tests.support.record_factory import TASKS, make_provenance, make_record
@@ -279,3 +280,25 @@ def test_times_taken_beside_other_processes_are_marked(shares, is_marked):
     table = throughput_table(frame_of(*records))
     assert row_of(table.text, "alpha")["train step ms [p10-p90]"].endswith("†") == is_marked
     assert any("alpha 20 %" in note for note in table.notes) == is_marked
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def test_ranks_by_hand():
+    # On all of five tasks alpha is best, and delta last.
+    skills = {"alpha": 0.9, "bravo": 0.8, "charlie": 0.7, "delta": 0.6}
+    records = [with_scores(make_record(m)[0], **dict.fromkeys(TASKS, s)) for m, s in skills.items()]
+    (table,) = ranks_tables(frame_of(*records, make_record("head")[0]))
+    assert list(table.text["method"]) == list(skills)
+    assert [float(rank) for rank in table.text["mean rank"]] == [1, 2, 3, 4]
+    assert row_of(table.text, "alpha")["best on"] == "5 of 5"
+    # Critical difference at 5 % of four methods and five tasks: 2.569 * sqrt(4 * 5 / 30) = 2.1.
+    assert row_of(table.text, "alpha")["ranks above"] == "delta"
+    assert set(table.data.loc[table.data["p_nemenyi"] < 0.05, "method"]) == {"alpha", "delta"}
+
+
+def test_no_ranks_of_few_methods_or_tasks():
+    assert ranks_tables(frame_of(*(make_record(method)[0] for method in ("alpha", "bravo", "head")))) == []
+    few = {"tasks": list(TASKS)[:4]}
+    assert ranks_tables(frame_of(*(make_record(m, protocol=few)[0] for m in ("alpha", "bravo", "charlie")))) == []
