@@ -199,6 +199,11 @@ class EPT(MethodConfig):
         """Seed, kernels, router and task table of one site."""
         return EPTAdapter(site, self)
 
+    @property
+    def expert_sizes(self) -> tuple[float, ...]:
+        """The kernel size of every expert."""
+        return self.kernels
+
     def with_experts(self, number: int) -> Self:
         """The pyramid's kernel sizes, each once and over again, until there are `number` of them."""
         return replace(self, kernels=tuple(islice(cycle(self.scales), number)), top_k=min(self.top_k, number))

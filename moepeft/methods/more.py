@@ -118,6 +118,11 @@ class MoRE(MethodConfig):
         check_dropout("MoRE", self.dropout)
 
     @property
+    def expert_sizes(self) -> tuple[float, ...]:
+        """The rank that every expert uses."""
+        return tuple(range(1, self.choices + 1))
+
+    @property
     def capabilities(self) -> Capabilities:
         """Routes by task, so it merges per task; a frozen selector gets no gradient."""
         never = ("gate.weight", "gate.bias") if self.selector == "frozen" else ()

@@ -15,7 +15,7 @@ from scipy import stats
 import moepeft
 from benchmarks.mechanisms.command import run_mechanisms
 from benchmarks.mechanisms.experiments import Experiment, Tuning, available_experiments, load_experiment, shortened
-from benchmarks.mechanisms.frame import Incomplete, read_choices, read_frame
+from benchmarks.mechanisms.frame import Incomplete, follows_size, read_choices, read_frame
 from benchmarks.mechanisms.runs import Archive, Outcome, Run, execute, plan_run
 from benchmarks.mechanisms.students import Lesson
 from benchmarks.mechanisms.suite import Suite
@@ -24,6 +24,7 @@ from benchmarks.mechanisms.teachers import Curriculum
 from benchmarks.mechanisms.tuning import choose_rate
 from benchmarks.protocols.protocol import UsageError
 from benchmarks.run import main
+from moepeft.config import expert_sizes
 
 TINY = Experiment(
     name="tiny",
@@ -259,3 +260,13 @@ def test_what_the_suite_does_not_know_is_one_line(
     assert main(["--suite", "mechanisms", *flags]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert named in line
+
+
+@pytest.mark.parametrize(("method", "sizes"), [("ept", (2, 2, 4, 4, 6, 6, 8, 8)), ("more", tuple(range(1, 9)))])
+def test_the_size_of_every_expert_stands_in_the_order_of_the_gates(method: str, sizes: tuple[int, ...]) -> None:
+    factory = moepeft.method(method, num_tasks=3)
+    curriculum = Curriculum(structure="pyramid", tasks=3, width=24, inner=48)
+    outcome = execute(plan_run(curriculum, TINY.lesson, method, factory, 1e-2, 0), "none")
+    assert expert_sizes(factory) == sizes
+    assert len(outcome.usage[12][0]) == len(sizes)
+    assert follows_size(outcome) is not None
