@@ -69,9 +69,8 @@ def test_exported_checkpoint_is_reproduced_by_peft(host: str, spec: str, tmp_pat
 def test_exported_factors_are_exact_in_double_precision(spec: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Sequential(nn.Linear(7, 5))).double()
     base = copy.deepcopy(model)
-    fields = {"layout": "batch_first"} if spec == "moelora@released" else {}
-    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=TASKS, **fields))
-    model.double()
+    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=TASKS))
+    model.double().eval()
     perturb(adapters.parameters(), 0.5)
     task = 1 if adapters.factory.capabilities.routing == "task" else None
     x = torch.randn(4, 3, 12, dtype=torch.float64)
