@@ -8,7 +8,7 @@ TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 LOWEST := .venv-lowest
 
-.PHONY: quick test test-slow test-lowest check docs clean
+.PHONY: quick test test-slow test-lowest check docs clean architectures
 
 quick: $(READY)  ## install, then train two methods on the embedded suite and print the tables
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
@@ -18,6 +18,9 @@ test: $(TOOLS) check  ## install, then lint, types and all tests
 
 test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+architectures: $(TOOLS)  ## rebuild docs/architectures.md: every method on every architecture, minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.library.architectures
 
 test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/library/contract tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py

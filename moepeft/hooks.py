@@ -165,10 +165,16 @@ def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.M
 
     DeBERTa v2 does. The table belongs to no row, so an update that depends on the row leaves it frozen.
     """
-    parents = {site.name.rpartition(".")[0] for site in sites}
-    modules = (model.get_submodule(name) for name in sorted(parents))
-    shared = (module for module in modules if code_of(module).also_of_positions)
-    return [module for module in shared if getattr(module, "relative_attention", False)]
+    parents: dict[str, set[str]] = {}
+    for site in sites:
+        parent, _, last = site.name.rpartition(".")
+        parents.setdefault(parent, set()).add(last)
+    modules = [(model.get_submodule(name), adapted) for name, adapted in sorted(parents.items())]
+    return [
+        module
+        for module, adapted in modules
+        if getattr(module, "relative_attention", False) and code_of(module).also_of_positions & adapted
+    ]
 
 
 def _is_table(slot: Slot, forward: Forward, x: Tensor) -> bool:
