@@ -389,7 +389,7 @@ def test_scaling_finds_each_methods_field() -> None:
     }
     assert experts["moelora"].num_experts == experts["mixlora"].num_experts == experts["tucka"].experts == 4
     assert experts["ept"].kernels == (2, 4, 6, 8)
-    assert scaled(moepeft.method("ept"), "experts", 6).kernels == (2, 4, 6, 8, 2, 4)
+    assert scaled(moepeft.method("ept"), "experts", 6).kernels == (2, 2, 4, 4, 6, 8)
     assert scaled(moepeft.method("more"), "rank", 64).rank == 64
     assert scaled(moepeft.method("more"), "tasks", 64).num_tasks == 64
     for axis in ("experts", "tasks"):
