@@ -173,12 +173,9 @@ class EPT(MethodConfig):
     @property
     def factors(self) -> tuple[float, ...]:
         """f_e of every scale: alpha / r times the dimension factor."""
-        dimension = {
-            "tasks": [s / self.num_tasks for s in self.scales],
-            "seed": [self.scales[0] / s for s in self.scales],
-            "none": [1.0 for _ in self.scales],
-        }
-        return tuple(self.alpha / self.rank * d for d in dimension[self.dimension_factor])
+        scale, smallest = self.alpha / self.rank, self.scales[0]
+        readings = ({"tasks": s / self.num_tasks, "seed": smallest / s, "none": 1.0} for s in self.scales)
+        return tuple(scale * of_scale[self.dimension_factor] for of_scale in readings)
 
     @property
     def definition(self) -> Definition:
