@@ -54,6 +54,10 @@ class Settings:
 
 
 DEFAULT = Settings()
+_SEVERAL = (
+    "a checkpointed part of the model is computed again, and several forwards with other task ids wait for their "
+    "backward: call backward after each forward, or checkpoint whole blocks"
+)
 _SETTINGS: ContextVar[Mapping[object, Settings]] = ContextVar("moepeft_settings", default={})  # noqa: B039
 
 
@@ -73,6 +77,7 @@ class Forward:
         values: what sites tell each other within a forward, by key.
         of_inputs: what sites made of an input that others receive as well, by key, beside that input.
         counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
+        sequence_first: a block has been seen that gets (positions, rows, features).
         masks: made of what calls were given, by the tensor.
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
@@ -89,6 +94,7 @@ class Forward:
     values: dict[str, Any] = field(default_factory=dict)
     of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
     counted: dict[str, Tensor] = field(default_factory=dict)
+    sequence_first: bool = False
     masks: dict[int, Mask] = field(default_factory=dict)
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None
@@ -100,7 +106,7 @@ class Forward:
         return self.scopes[-1]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Memory:
     """What a block that is computed again must see. It holds no graph."""
 
@@ -109,9 +115,14 @@ class Memory:
     settings: Settings
     continues: bool
     values: Mapping[str, Any]
+    used: bool = False
+    shared: bool = False
 
     def resume(self) -> Forward:
         """A forward for the block alone; what it records is nobody's."""
+        if self.shared:
+            raise MissingRouting(_SEVERAL)
+        self.used = True
         return Forward(
             self.task_ids, [self.scope], self.settings, self.continues, recomputes=True, values=dict(self.values)
         )
@@ -205,7 +216,11 @@ class Runtime:
 
     def remember(self, block_input: Tensor) -> None:
         """Note what the forward under way knows, for the block that receives this input."""
-        self.memories[block_input.untyped_storage()] = self.memory()
+        storage, memory = block_input.untyped_storage(), self.memory()
+        before = self.memories.get(storage)
+        # One tensor went into two forwards: nothing tells their blocks apart.
+        memory.shared = before is not None and not before.used and not _same_ids(before.task_ids, memory.task_ids)
+        self.memories[storage] = memory
 
     @contextmanager
     def resumed_at(self, x: Tensor, backward: int) -> Iterator[None]:
@@ -240,10 +255,7 @@ class Runtime:
         if not waiting:
             return Memory(self.settings.task_ids, Scope(), self.settings, continues=False, values={})
         if any(not _same_ids(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
-            raise MissingRouting(
-                "a checkpointed part of the model is computed again, and several forwards with other task ids wait "
-                "for their backward: call backward after each forward, or checkpoint whole blocks"
-            )
+            raise MissingRouting(_SEVERAL)
         return waiting[-1]
 
     @property

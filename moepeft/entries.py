@@ -184,7 +184,10 @@ def _again(runtime: Runtime, memory: Memory, function: Callable[..., Any], *args
 
 def _open(forward: Forward, entry: Entry, call: Mapping[str, Any]) -> None:
     ids = None if forward.task_ids is None else forward.task_ids.shape[0]
-    forward.scopes.append(open_scope(call, forward.scope, entry.part, ids, forward.settings.copies, forward.masks))
+    # A block after one that had positions first has them first as well, where as many rows leave it open.
+    part = entry.part._replace(sequence_first=True) if forward.sequence_first else entry.part
+    forward.scopes.append(open_scope(call, forward.scope, part, ids, forward.settings.copies, forward.masks))
+    forward.sequence_first = forward.sequence_first or forward.scope.sequence_first
 
 
 def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forward:
@@ -265,10 +268,12 @@ def checked_ids(state: State, task_ids: Any) -> Tensor:
         ids = torch.as_tensor(task_ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise MissingRouting(f"task_ids={task_ids!r} are no whole numbers: number the tasks from 0") from error
+    if not ids.numel():
+        raise MissingRouting("task_ids are empty: give one per row")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise MissingRouting(f"task_ids are of type {ids.dtype}, wanted whole numbers, one per row: give integers")
     ids = ids.long().reshape(1) if ids.dim() == 0 else ids.long()
-    if ids.dim() > 2 or not ids.numel():
+    if ids.dim() > 2:
         raise MissingRouting(f"task_ids must have shape (rows,) or (rows, ids), got {tuple(ids.shape)}")
     if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(state, ids)
