@@ -43,7 +43,7 @@ def tied_functions() -> dict[str, Any]:
     found = {}
     for info in pkgutil.walk_packages(moepeft.__path__, "moepeft."):
         for name, value in vars(importlib.import_module(info.name)).items():
-            if hasattr(value, "definition") and value.__module__ == info.name:
+            if hasattr(value, "fast") and hasattr(value, "definition") and value.__module__ == info.name:
                 found[f"{info.name}.{name}"] = value
     return found
 
