@@ -165,10 +165,14 @@ def same_type(types: Int[Tensor, "rows"], experts: int, number: int) -> Bool[Ten
 class LoRAMoEAdapter(nn.Module):
     """The experts of one projection."""
 
+    types: Tensor
+
     def __init__(self, site: LinearSite, config: LoRAMoE) -> None:
         super().__init__()
         self.config = config
         self.experts = RoutedPairs(site, config.num_experts, config.rank, config.alpha, config.dropout)
+        # On the model's device: made from the configuration in every step, the types would have to wait for the host.
+        self.register_buffer("types", torch.tensor(config.types, dtype=torch.long), persistent=False)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the mixture of all experts."""
@@ -195,6 +199,5 @@ class LoRAMoEAdapter(nn.Module):
         config, router = self.config, self.experts.router
         same = torch.ones((rows, config.num_experts), dtype=router.dtype, device=router.device)
         if config.types:
-            types = torch.tensor(config.types, device=router.device)[ctx.tasks(rows)]
-            same = same_type(types, config.num_experts, max(config.types) + 1).to(router.dtype)
+            same = same_type(self.types[ctx.tasks(rows)], config.num_experts, max(config.types) + 1).to(router.dtype)
         return 1 - config.delta + 2 * config.delta * same
