@@ -23,7 +23,6 @@ from benchmarks.backbones.tiny import TINY_MODELS
 from benchmarks.cells.data import tokenise_task
 from benchmarks.cells.evaluate import evaluate_model
 from benchmarks.cells.ledger import Ledger
-from benchmarks.cells.routing import collect
 from benchmarks.cells.timing_pass import measure
 from benchmarks.cells.train import TrainingLog, make_trainer, one_ahead, train, training_batches
 from benchmarks.families import AnyFamily, family_of
@@ -104,7 +103,6 @@ class Cell:
             phases: dict[str, Callable[[], object]] = {
                 "loop": loop,
                 "evaluation": lambda: evaluate_model(model, self.tasks, self.family, batch_size=4, autocast=True),
-                "usage of experts": lambda: collect(model, self.tasks, self.family, autocast=True),
                 "timing pass": lambda: measure(trainer, self.family, self.protocol.timing),
             }
             for name, work in phases.items():
