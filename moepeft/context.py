@@ -251,7 +251,8 @@ class Runtime:
             found = self.memories.get(x.untyped_storage())
             if found is not None:
                 return found
-        waiting = list(self.memories.values())
+        known = list(self.memories.values())
+        waiting = [memory for memory in known if not memory.used] or known
         if not waiting:
             return Memory(self.settings.task_ids, Scope(), self.settings, continues=False, values={})
         if any(not _same_ids(memory.task_ids, waiting[-1].task_ids) for memory in waiting):

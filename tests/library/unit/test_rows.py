@@ -165,7 +165,6 @@ class Checkpointed(Host):
 
 
 def test_a_block_computed_again_sees_its_own_forward() -> None:
-    """Forwards of other tasks follow each other, each with its backward."""
     gradients = []
     for reentrant in (None, False):
         adapters = adapted(Checkpointed(*FORMS["rows first"]))
