@@ -124,7 +124,8 @@ def parse(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any
 
         return parse_and_stop
 
-    command = importlib.import_module("benchmarks.speed.__main__" if module == "benchmarks.speed" else module)
+    packages = ("benchmarks.speed", "tests.library.architectures")
+    command = importlib.import_module(f"{module}.__main__" if module in packages else module)
     monkeypatch.setattr(sys, "argv", [module, *words])
     with monkeypatch.context() as patch:
         patch.setattr(tyro, "cli", stopping(tyro.cli))
@@ -174,6 +175,13 @@ def check_run(options: Any) -> None:
     from benchmarks import run
     from benchmarks.methods.parse import parse_methods
 
+    if options.suite == run.MECHANISMS:
+        from benchmarks.mechanisms.experiments import load_experiment
+
+        for name in options.tasks or ():
+            load_experiment(name)
+        parse_methods(options.methods, num_tasks=2)
+        return
     suite = options.suite if Path(options.suite).suffix != ".toml" else "quick"
     protocol = run.resolve_suite(dataclasses.replace(options, data_dir=None, suite=suite))
     parse_methods(options.methods, num_tasks=len(protocol.tasks))
