@@ -8,7 +8,7 @@ TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 LOWEST := .venv-lowest
 
-.PHONY: quick test test-slow test-lowest check docs clean architectures
+.PHONY: quick test test-slow test-exhaustive test-lowest check docs clean architectures
 
 quick: $(READY)  ## install, then train two methods on the embedded suite and print the tables
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
@@ -17,13 +17,16 @@ test: $(TOOLS) check  ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "slow and not exhaustive"
+
+test-exhaustive: $(DOCS)  ## every method, preset, host and phase: an hour and more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m exhaustive
 
 architectures: $(TOOLS)  ## rebuild docs/architectures.md: every method on every architecture, minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.library.architectures
 
 test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -m "not slow" tests/library/contract tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" -k "not released" tests/library/contract tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py
 
 check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what the records give
 	$(BIN)/ruff check .
@@ -51,7 +54,7 @@ $(DOCS): $(TOOLS)
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[peft,trainer,tucker]" datasets pytest hypothesis beartype
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[peft,trainer,tucker]" datasets pytest pytest-xdist hypothesis beartype
 	touch $@
 
 clean:

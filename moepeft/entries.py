@@ -63,7 +63,10 @@ def remove_entries(state: State) -> None:
 def _bind(module: nn.Module, attribute: str, function: Callable[..., Any]) -> None:
     # A partial of a module-level function pickles and deep-copies; a bound method does not.
     bound = functools.partial(function, module)
-    bound.__signature__ = inspect.signature(getattr(module, attribute))  # type: ignore[attr-defined]
+    # Without annotations: `generate` has some that hold compiled code, which cannot be pickled.
+    signature = inspect.signature(getattr(module, attribute))
+    names = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    bound.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
     setattr(module, attribute, bound)
 
 

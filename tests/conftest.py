@@ -23,6 +23,38 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 install_import_hook("moepeft", "tests.support.shapes.check")
 
 
+FIRST_HOST = "bert"
+SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectures` and test-exhaustive do all
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests run in minutes, which in CI, and which on demand alone (`make test-exhaustive`).
+
+    The product of methods, presets, hosts and phases has thousands of cases. Every method runs everywhere as
+    published, and every preset on one host; the rest of the product is exhaustive.
+    """
+    architectures = 0
+    for item in items:
+        path, params = item.nodeid, getattr(getattr(item, "callspec", None), "params", {})
+        spec, host = str(params.get("spec", "")), str(params.get("host", FIRST_HOST))
+        other = ("@" in spec and not spec.endswith("@published")) or params.get("fast", True) is False
+        exhaustive = False
+        if "library/contract/" in path:
+            if other and host != FIRST_HOST:
+                item.add_marker(pytest.mark.slow)
+                exhaustive = True
+        elif "library/distributed/" in path:
+            exhaustive = other or host != FIRST_HOST
+        elif "library/device/" in path:
+            exhaustive = host not in (FIRST_HOST, "llama") or "runner" in item.name
+        elif "library/architectures/" in path and params:
+            architectures += 1
+            exhaustive = architectures % SAMPLE != 1
+        if exhaustive:
+            item.add_marker(pytest.mark.exhaustive)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
