@@ -73,6 +73,7 @@ class Forward:
         recomputes: it is a block that checkpointing computes again during backward.
         grad: autograd was on when it began.
         grad_expected: and the model was training.
+        without_grad: the last call ran without autograd, as reentrant checkpointing runs a block at first.
         losses: loss name -> site name, numbered from its second use on -> term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
         of_inputs: what sites made of an input that others receive as well, by key, beside that input.
@@ -90,6 +91,7 @@ class Forward:
     recomputes: bool = False
     grad: bool = False
     grad_expected: bool = False
+    without_grad: bool = False
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)

@@ -130,7 +130,11 @@ def _entry_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             _name_the_unused(entry.state)
         return output
     _open(forward, entry, call)
-    _check_gradient(forward, entry)
+    if torch.is_grad_enabled():
+        forward.without_grad = False
+    elif not forward.without_grad:  # later calls within a block have inputs that were made without autograd
+        _check_gradient(forward, entry)
+        forward.without_grad = True
     _remember_when_checkpointed(module, runtime)
     if forward.grad and not torch.compiler.is_compiling() and forward.scope.main is not None:
         runtime.remember(forward.scope.main)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
-from moepeft.errors import AuxLossDetached, MissingRouting, Unsupported
+from moepeft.errors import AuxLossDetached, GradientsLost, MissingRouting, Unsupported
 from moepeft.registry import factory_class
 from moepeft.testing import CLAUSES, Clause, Host, check_clause, check_method
 from tests.support.hosts import HOSTS, batch, build, output, rows_of
@@ -202,7 +202,8 @@ def test_checkpointing_parity_and_refusal(host: str, spec: str) -> None:
         model, adapters = attached(host, spec)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         model.enable_input_require_grads()
-        with pytest.raises(AuxLossDetached, match="use_reentrant"):
+        # A method on the second half of a block alone sees an input that was made without autograd, and says so first.
+        with pytest.raises((AuxLossDetached, GradientsLost), match="use_reentrant"):
             train_step(model, adapters, batch(model))
 
 
