@@ -126,6 +126,8 @@ def _batches(tasks: Sequence[TokenisedTask]) -> Iterator[tuple[int, list[tuple[i
 
 def _of_real_tokens(attachment: Attachment, site: LinearSite, gates: Tensor) -> Tensor:
     """Gates of shape (choices, experts): of rows, or of tokens without padding."""
+    if attachment.factory.capabilities.routing != "token":
+        return gates.flatten(0, -2)  # of rows, or one for the whole batch
     mask = SiteContext(attachment.runtime, site).mask(gates)
     return gates.flatten(0, -2) if mask is None else gates[mask]
 
