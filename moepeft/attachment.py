@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from . import building, merging, saving
-from .context import Runtime
 from .counting import ParameterCount, count_parameters
 from .entries import checked_ids, checked_masks
 from .errors import AuxLossDetached, Unsupported
 from .hooks import remove
 from .protocols import AdapterFactory
+from .runtime import Runtime
 from .sites import LinearSite, by_reason
 from .state import ENTRY, Entry, State
 from .stepping import after_step

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from .calls import Part, Scope, continues, open_scope
 from .config import task_number
-from .context import Forward, Memory, Runtime
 from .errors import GradientsLost, MissingRouting, Unsupported
 from .masks import Mask, mask_of
+from .runtime import Forward, Memory, Runtime
 from .sites import LinearSite
 from .state import ENTRY, Entry, State
 from .stepping import check_stepped

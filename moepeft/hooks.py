@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .calls import arrange
-from .context import Forward, Runtime, SiteContext
+from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
 from .protocols import Base, Stepping
 from .reading import code_of
+from .runtime import Forward, Runtime
 from .sites import LinearSite
 from .state import SLOT, Slot, State
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Part
-from .context import Runtime, SiteContext
+from .context import SiteContext
 from .errors import Unsupported
 from .protocols import AdapterFactory
+from .runtime import Runtime
 from .shards import laid_out
 from .sites import LeftOut, LinearSite
 

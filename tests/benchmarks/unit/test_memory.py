@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 import moepeft
 from benchmarks.instruments.memory import held, peak_above
-from moepeft.context import Forward
+from moepeft.runtime import Forward
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,291 @@
+"""What one forward pass knows: the tasks of its rows, its padding masks, and what the adapters recorded.
+
+A forward begins with the outermost call of a module that holds adapted layers, whatever module that is, and ends with
+it. Threads and tasks that share a model have a `Forward` and `Settings` each: nothing that a call was given can reach
+a call of somebody else. One `Runtime` belongs to one attached model and finds both. It is plain data reached through
+the model's modules, so a deep copy or a pickle of the model takes its own along.
+
+What a forward knew outlives it in one way. Gradient checkpointing runs a block again during backward, in whatever
+thread, maybe after other forwards. `Memory` is what such a block needs to see; it is found by the block's input.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .calls import Arranged, Scope
+from .errors import MissingRouting
+from .masks import Mask
+from .roles import Stream
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `with` blocks of an attachment have set, for one thread or task.
+
+    Attributes:
+        enabled: False inside `Attachment.disabled`.
+        task_ids: set by `Attachment.route`; those given to the call itself win.
+        masks: set by `Attachment.route`, by stream.
+        stats: site name -> routing statistics, inside `Attachment.recording`.
+        copies: how often `generate` repeats each row, in place.
+    """
+
+    enabled: bool = True
+    task_ids: Tensor | None = None
+    masks: Mapping[Stream, Mask] = field(default_factory=dict)
+    stats: dict[str, dict[str, Tensor]] | None = None
+    copies: int = 1
+
+
+DEFAULT = Settings()
+_SEVERAL = (
+    "a checkpointed part of the model is computed again, and several forwards with other task ids wait for their "
+    "backward: call backward after each forward, or checkpoint whole blocks"
+)
+_SETTINGS: ContextVar[Mapping[object, Settings]] = ContextVar("moepeft_settings", default={})  # noqa: B039
+
+
+@dataclass
+class Forward:
+    """One forward pass of one thread.
+
+    Attributes:
+        task_ids: shape (rows,), or (rows, k) for rows of several tasks; one id stands for all rows.
+        scopes: of the calls under way, the outermost first.
+        settings: of its thread when it began.
+        continues: it continues an earlier one (cached decoding, a decoder after a separate encoder call).
+        recomputes: it is a block that checkpointing computes again during backward.
+        grad: autograd was on when it began.
+        grad_expected: and the model was training.
+        without_grad: the last call ran without autograd, as reentrant checkpointing runs a block at first.
+        losses: loss name -> site name, numbered from its second use on -> term, as `AdapterFactory.aux_loss` takes it.
+        values: what sites tell each other within a forward, by key.
+        of_inputs: what sites made of an input that others receive as well, by key, beside that input.
+        counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
+        sequence_first: a block has been seen that gets (positions, rows, features).
+        masks: made of what calls were given, by the tensor.
+        tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
+        input: the input of the layer that runs, and `given` as the host gave it.
+    """
+
+    task_ids: Tensor | None = None
+    scopes: list[Scope] = field(default_factory=lambda: [Scope()])
+    settings: Settings = DEFAULT
+    continues: bool = False
+    recomputes: bool = False
+    grad: bool = False
+    grad_expected: bool = False
+    without_grad: bool = False
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    counted: dict[str, Tensor] = field(default_factory=dict)
+    sequence_first: bool = False
+    masks: dict[int, Mask] = field(default_factory=dict)
+    tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    input: Arranged | None = None
+    given: Tensor | None = None
+
+    @property
+    def scope(self) -> Scope:
+        """Of the innermost call under way."""
+        return self.scopes[-1]
+
+
+@dataclass(eq=False)
+class Memory:
+    """What a block that is computed again must see. It holds no graph."""
+
+    task_ids: Tensor | None
+    scope: Scope
+    settings: Settings
+    continues: bool
+    values: Mapping[str, Any]
+    used: bool = False
+    shared: bool = False
+
+    def resume(self) -> Forward:
+        """A forward for the block alone; what it records is nobody's."""
+        if self.shared:
+            raise MissingRouting(_SEVERAL)
+        self.used = True
+        return Forward(
+            self.task_ids, [self.scope], self.settings, self.continues, recomputes=True, values=dict(self.values)
+        )
+
+
+class Runtime:
+    """Finds the forward and the settings of the thread that asks.
+
+    Attributes:
+        synchronised: what methods compute across rows they compute across all processes' rows (`joint_sum`).
+        tallies: site name -> the sum of what it counted in training forwards since the last optimiser step.
+    """
+
+    def __init__(self) -> None:
+        self.synchronised = False
+        self.tallies: dict[str, Tensor] = {}
+        self._renew()
+
+    def _renew(self) -> None:
+        self.key = object()
+        self.local = threading.local()
+        self.memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
+
+    @property
+    def settings(self) -> Settings:
+        """Of this thread or task."""
+        if torch.compiler.is_compiling():  # the compiler does not know context variables
+            return getattr(self.local, "settings", DEFAULT)
+        return _SETTINGS.get().get(self.key, DEFAULT)
+
+    @contextmanager
+    def changed(self, **changes: Any) -> Iterator[None]:
+        """Inside, this thread's settings differ."""
+        before = self.settings
+        changed = replace(before, **changes)
+        token = _SETTINGS.set({**_SETTINGS.get(), self.key: changed})
+        self.local.settings = changed
+        try:
+            yield
+        finally:
+            _SETTINGS.reset(token)
+            self.local.settings = before
+
+    @property
+    def forward(self) -> Forward | None:
+        """The forward under way in this thread."""
+        return getattr(self.local, "forward", None)
+
+    @property
+    def last(self) -> Forward:
+        """The last forward of this thread that has begun."""
+        return getattr(self.local, "last", None) or Forward()
+
+    def begin(self, forward: Forward) -> None:
+        """A forward is under way in this thread."""
+        self.local.session = None
+        self.local.forward = self.local.last = forward
+
+    def end(self) -> None:
+        """The forward is over, however it ended: no layer receives an input of it again."""
+        last = self.last
+        self.local.forward = None
+        last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
+        last.masks = {}
+        for site, counts in last.counted.items():
+            self.tallies[site] = self.tallies[site] + counts if site in self.tallies else counts
+        last.counted = {}
+        last.scopes = [last.scopes[0].past_the_call()]
+
+    def take_tallies(self) -> dict[str, Tensor]:
+        """The tallies since they were last taken, by site."""
+        taken, self.tallies = self.tallies, {}
+        return taken
+
+    @contextmanager
+    def resumed(self, memory: Memory) -> Iterator[None]:
+        """Inside, a block of an earlier forward is computed again."""
+        self.local.forward = memory.resume()
+        try:
+            yield
+        finally:
+            self.local.forward = None
+
+    def memory(self) -> Memory:
+        """What the forward under way knows, for a block that may be computed again."""
+        forward = self.forward
+        assert forward is not None
+        values = {key: _without_graph(value) for key, value in forward.values.items()}
+        scope = forward.scope.past_the_call()
+        return Memory(forward.task_ids, scope, forward.settings, forward.continues, values)
+
+    def remember(self, block_input: Tensor) -> None:
+        """Note what the forward under way knows, for the block that receives this input."""
+        storage, memory = block_input.untyped_storage(), self.memory()
+        before = self.memories.get(storage)
+        # One tensor went into two forwards: nothing tells their blocks apart.
+        memory.shared = before is not None and not before.used and not _same_ids(before.task_ids, memory.task_ids)
+        self.memories[storage] = memory
+
+    @contextmanager
+    def resumed_at(self, x: Tensor, backward: int) -> Iterator[None]:
+        """Inside, one layer is computed again whose block did not say so: by its input, or after another of its block.
+
+        Args:
+            x: the layer's input.
+            backward: number of the backward pass.
+        """
+        session: tuple[int, Memory, Forward] | None = getattr(self.local, "session", None)
+        found = self.memories.get(x.untyped_storage())
+        if session is None or session[0] != backward or found not in (None, session[1]):
+            memory = self.memory_of((x,))
+            session = self.local.session = (backward, memory, memory.resume())
+        self.local.forward = session[2]
+        try:
+            yield
+        finally:
+            self.local.forward = None
+
+    def memory_of(self, inputs: tuple[Tensor, ...]) -> Memory:
+        """What the forward knew of which a block with these inputs is computed again.
+
+        Raises:
+            MissingRouting: several forwards wait for their backward, and it cannot be told which it is.
+        """
+        for x in inputs:
+            found = self.memories.get(x.untyped_storage())
+            if found is not None:
+                return found
+        known = list(self.memories.values())
+        waiting = [memory for memory in known if not memory.used] or known
+        if not waiting:
+            return Memory(self.settings.task_ids, Scope(), self.settings, continues=False, values={})
+        if any(not _same_ids(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
+            raise MissingRouting(_SEVERAL)
+        return waiting[-1]
+
+    @property
+    def losses(self) -> dict[str, dict[str, Any]]:
+        """What the last forward of this thread recorded."""
+        return self.last.losses
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What sites of this thread's last forward told each other."""
+        return self.last.values
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Activations of a forward carry graphs, which neither pickle nor deepcopy; they are nobody's state.
+        return {"synchronised": self.synchronised, "tallies": self.tallies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._renew()
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.requires_grad else value
+    if isinstance(value, tuple):
+        parts = [_without_graph(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _same_ids(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one is other:
+        return one is other
+    return one.shape == other.shape and torch.equal(one, other)
