@@ -61,9 +61,8 @@ def remove_entries(state: State) -> None:
 
 
 def _bind(module: nn.Module, attribute: str, function: Callable[..., Any]) -> None:
-    # A partial of a module-level function pickles and deep-copies; a bound method does not.
+    # A partial of a module-level function pickles; a bound method does not, nor do annotations that hold code.
     bound = functools.partial(function, module)
-    # Without annotations: `generate` has some that hold compiled code, which cannot be pickled.
     signature = inspect.signature(getattr(module, attribute))
     names = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
     bound.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
@@ -82,7 +81,10 @@ def _around(model: nn.Module, sites: tuple[LinearSite, ...]) -> dict[str, nn.Mod
             module = model.get_submodule(name)
             block = depth > 0 and isinstance(model.get_submodule(".".join(parts[: depth - 1])), nn.ModuleList)
             inside = inside or block
-            if name in found or name in adapted or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            container = depth > 0 and isinstance(
+                module, (nn.ModuleList, nn.ModuleDict)
+            )  # the model itself holds the state
+            if name in found or name in adapted or container:
                 continue
             if (block or not inside) and not any(module is other for other in found.values()):
                 found[name] = module

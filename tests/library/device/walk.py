@@ -79,6 +79,7 @@ class Walk:
         (loss + self.adapters.aux_loss()).backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimiser.step()
+        self.adapters.after_step()
         self.optimiser.zero_grad(set_to_none=True)
 
     def checkpointed_step(self) -> None:
