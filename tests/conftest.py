@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif "library/distributed/" in path:
             exhaustive = other or host != FIRST_HOST
         elif "library/device/" in path:
-            exhaustive = host not in (FIRST_HOST, "llama") or "runner" in item.name
+            exhaustive = host != FIRST_HOST or "runner" in item.name
         elif "library/architectures/" in path and params:
             architectures += 1
             exhaustive = architectures % SAMPLE != 1
