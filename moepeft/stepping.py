@@ -33,6 +33,8 @@ def check_stepped(state: State) -> None:
     Raises:
         MissingStep: tallies wait for `after_step`, but the parameters have changed since they were counted.
     """
+    if torch.compiler.is_compiling():  # a graph holds no version of a parameter; eager forwards still look
+        return
     version = next(parameter._version for _, parameter in state.named_parameters() if parameter.requires_grad)
     if state.runtime.tallies and version != state.stepping_version:
         raise MissingStep(

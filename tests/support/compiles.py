@@ -1,8 +1,14 @@
-"""Compile a host with adapters as one graph and compare: `python -m tests.support.compiles METHOD`."""
+"""Compile a host with adapters as one graph and compare: `python -m tests.support.compiles METHOD [definition]`.
+
+Values and gradients, for rows and lengths that change. A process of its own runs it: the compiler cannot trace what
+checks the shapes in the tests' process.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,19 +28,33 @@ class Chain(nn.Module):
         return result
 
 
-def main(spec: str) -> None:
+def main(spec: str, *, fast: bool) -> None:
     torch.manual_seed(0)
+    moepeft.fast_paths(fast)
     host = Chain()
-    adapters = moepeft.attach(host, moepeft.method(spec, num_tasks=4))
-    x = torch.randn(4, 5, 16)
-    host(x, task_ids=IDS)  # what looks at a first batch does so now
+    adapters = moepeft.attach(host, without_dropout(moepeft.method(spec, num_tasks=4)))
+    host(torch.randn(4, 5, 16), task_ids=IDS)  # what looks at a first batch does so now
     for parameter in adapters.parameters():
         parameter.data.add_(0.1)
-    with adapters.route(task_ids=IDS):
-        expected = host(x)
-        compiled = torch.compile(host, backend="aot_eager", fullgraph=True)(x)
-    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
+    parameters = list(adapters.parameters())
+    compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
+    for rows, length in ((4, 5), (3, 17), (2, 9)):
+        x = torch.randn(rows, length, 16)
+        with adapters.route(task_ids=IDS[:rows]):
+            expected, found = host(x), compiled(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        both = [torch.autograd.grad(y.square().sum(), parameters, allow_unused=True) for y in (expected, found)]
+        for parameter, one, other in zip(parameters, *both, strict=True):
+            zero = torch.zeros_like(parameter)  # what no path reaches has none in eager mode, and zeros in a graph
+            pair = [zero if gradient is None else gradient for gradient in (one, other)]
+            assert torch.allclose(*pair, rtol=1e-3, atol=1e-3)
+
+
+def without_dropout(factory: moepeft.AdapterFactory) -> moepeft.AdapterFactory:
+    """Random draws of two runs cannot be compared."""
+    fields = {field.name for field in dataclasses.fields(cast(Any, factory))}
+    return dataclasses.replace(cast(Any, factory), dropout=0.0) if "dropout" in fields else factory
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], fast="definition" not in sys.argv[2:])
