@@ -16,6 +16,7 @@ from .protocols import AdapterFactory
 from .shards import is_sharded
 from .sites import LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
 from .state import SLOT, State
+from .trained import load_others, read_others
 
 __all__ = ["Attachment", "attach", "attachment", "load"]
 
@@ -115,7 +116,7 @@ def _warn_of_the_unreachable(model: nn.Module, chosen: Sequence[LinearSite], unr
 
 
 def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Attachment:
-    """Attach the adapters saved in `folder` to `model`.
+    """Attach the adapters saved in `folder` to `model`, with the values of what else was trained.
 
     Args:
         model: the base model, bare, of the architecture the adapters were made for.
@@ -126,10 +127,12 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
         AdapterFileError: anything is wrong with the files or they are for another model; `model` is untouched.
     """
     factory, wanted, values = saving.read(model, Path(folder), any_base=any_base)
+    others = read_others(model, Path(folder))
     adapters = attach(model, factory, sites=lambda site: site.name in wanted)
     try:
         adapters.load_state_dict(values)
     except BaseException:
         adapters.detach()
         raise
+    load_others(model, others)
     return adapters

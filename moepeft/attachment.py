@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import building, merging, saving
+from . import building, merging, saving, trained
 from .counting import ParameterCount, count_parameters
 from .entries import checked_ids, checked_masks
 from .errors import AuxLossDetached, Unsupported
@@ -209,8 +209,11 @@ class Attachment:
     def save(self, folder: str | Path) -> None:
         """Write ``adapter.safetensors`` and ``adapter.json`` into `folder`, which is made if need be.
 
+        ``trained.safetensors`` holds what else of the model trains, such as a head that was unfrozen after `attach`.
+
         Where parameters are sharded (FSDP) every process must call it: each gathers and writes all of them.
         """
+        trained.save_others(self.model, Path(folder))
         saving.save(self.state, Path(folder))
 
     def restore(self, folder: str | Path) -> None:
@@ -222,7 +225,10 @@ class Attachment:
         Raises:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
         """
+        others = trained.read_others(self.model, Path(folder))
+        trained.check_same(self.model, Path(folder), others)
         saving.restore(self.state, Path(folder))
+        trained.load_others(self.model, others)
 
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""

@@ -19,10 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moepeft.attach import Attachment, attachment, load
-from moepeft.errors import AdapterFileError, TransformersMissing, Unsupported
-from moepeft.files import check_values, read_tensors, replacing, write_tensors
-from moepeft.state import SLOT
+from moepeft.attach import Attachment, attachment
+from moepeft.errors import TransformersMissing, Unsupported
 
 try:
     from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
@@ -35,8 +33,6 @@ if TYPE_CHECKING:  # the mixin stands before a Trainer: its super() is one
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-TRAINED = "trained.safetensors"
 
 
 class _AfterStep(TrainerCallback):  # type: ignore[misc]
@@ -137,17 +133,17 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapted(self.model, folder)
+        attachment(self.model).save(folder)
         processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processing is not None:
             processing.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapted(self.model, Path(resume_from_checkpoint))
+        attachment(self.model).restore(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        restore_adapted(self.model, Path(self.state.best_model_checkpoint))
+        attachment(self.model).restore(self.state.best_model_checkpoint)
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
@@ -156,69 +152,6 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
 
 class AdapterSeq2SeqTrainer(AdapterTrainerMixin, Seq2SeqTrainer):  # type: ignore[misc]
     """`transformers.Seq2SeqTrainer` for models that carry adapters."""
-
-
-def save_adapted(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's adapters and, if there are any, its other trainable parameters."""
-    folder = Path(folder)
-    attachment(model).save(folder)
-    others = _others(model)
-    if others:
-        with replacing(folder / TRAINED) as partial:
-            write_tensors(partial, others)
-    else:
-        (folder / TRAINED).unlink(missing_ok=True)  # of a former model, which trained more
-
-
-def restore_adapted(model: nn.Module, folder: str | Path) -> None:
-    """Give a model that carries the same adapters, and trains the same other parameters, the values saved in `folder`.
-
-    Raises:
-        AdapterFileError: a file is missing or damaged, or was saved from another model; nothing was changed.
-    """
-    others, saved = _others(model), _read_others(model, folder)
-    if set(others) != set(saved):
-        raise AdapterFileError(
-            f"{Path(folder) / TRAINED} holds {sorted(saved) or 'nothing'}, but the model trains "
-            f"{sorted(others) or 'nothing'} beside its adapters: unfreeze after attach() what was trained then"
-        )
-    attachment(model).restore(folder)
-    _copy(saved, others)
-
-
-def load_adapted(model: nn.Module, folder: str | Path) -> Attachment:
-    """Attach what a trainer saved to a bare model, its other trained parameters included.
-
-    Raises:
-        AdapterFileError: anything is wrong with the files, or they are for another model; `model` is untouched.
-    """
-    saved = _read_others(model, folder)
-    adapters = load(model, folder)
-    parameters = dict(model.named_parameters())
-    for name in saved:
-        parameters[name].requires_grad_(True)
-    _copy(saved, parameters)
-    return adapters
-
-
-def _read_others(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
-    path = Path(folder) / TRAINED
-    if not path.exists():
-        return {}
-    saved = read_tensors(path, missing="copy the folder again")
-    parameters = dict(model.named_parameters())
-    for name, value in saved.items():
-        shape = tuple(parameters[name].shape) if name in parameters else None
-        if shape != tuple(value.shape):
-            raise AdapterFileError(f"{path} holds {name!r} of shape {tuple(value.shape)}, the model has {shape} there")
-    check_values(path, saved, {name: parameters[name].dtype for name in saved})
-    return saved
-
-
-@torch.no_grad()
-def _copy(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, value in saved.items():
-        parameters[name].copy_(value)
 
 
 def _normalises(model: nn.Module) -> bool:
@@ -230,14 +163,6 @@ def _normalises(model: nn.Module) -> bool:
     """
     declared = getattr(model, "accepts_loss_kwargs", None)
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if declared is None else bool(declared)
-
-
-def _others(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and SLOT not in name.split(".")
-    }
 
 
 @contextmanager

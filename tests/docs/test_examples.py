@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import moepeft
 from benchmarks.tasks import load_task
-from moepeft.bridges.trainer import AdapterTrainer, load_adapted
+from moepeft.bridges.trainer import AdapterTrainer
 from moepeft.errors import NotMergeable
 from tests.library.unit.test_bridge_trainer import arguments
 from tests.support.hosts import VOCABULARY
@@ -94,7 +94,7 @@ def test_quantised_base_trains_saves_and_refuses_to_merge(bits: int, method: str
     model.eval()
     expected = model(ids, task_ids=[0, 1] * 4).logits
     again = base().eval()
-    load_adapted(again, tmp_path)
+    moepeft.load(again, tmp_path)
     assert torch.allclose(again(ids, task_ids=[0, 1] * 4).logits, expected, atol=1e-5)
     with pytest.raises(NotMergeable):
         adapters.merge(task=0 if adapters.factory.capabilities.routing == "task" else None)
@@ -120,4 +120,4 @@ def test_glue_rte_mrpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "RTE: accuracy" in out
     assert "MRPC: accuracy" in out
     model = AutoModelForSequenceClassification.from_pretrained(package.get_model_path(), num_labels=2)
-    load_adapted(model, tmp_path / "glue-adapters")
+    moepeft.load(model, tmp_path / "glue-adapters")

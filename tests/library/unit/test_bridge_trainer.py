@@ -21,8 +21,7 @@ from transformers import (
 )
 
 import moepeft
-from moepeft.bridges import trainer as bridge
-from moepeft.bridges.trainer import AdapterSeq2SeqTrainer, AdapterTrainer, load_adapted
+from moepeft.bridges.trainer import AdapterSeq2SeqTrainer, AdapterTrainer
 from moepeft.errors import AdapterFileError, MissingRouting, Unsupported
 from tests.support.hosts import VOCABULARY, WIDTH, build
 
@@ -178,7 +177,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(spec: str, tmp_path
     assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
 
     loaded = classifier()
-    load_adapted(loaded, tmp_path / "checkpoint-6")
+    moepeft.load(loaded, tmp_path / "checkpoint-6")
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     expected = {name for name, p in whole.named_parameters() if p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == expected
@@ -243,7 +242,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert best is not None
     assert best.endswith("checkpoint-2")
     fresh = classifier()
-    load_adapted(fresh, best)
+    moepeft.load(fresh, best)
     state = fresh.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     first, *_, last = curve(trainer, "eval_loss")
@@ -365,15 +364,15 @@ def test_misuse_is_loud(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     other, _ = adapted_classifier("lora")
     with pytest.raises(AdapterFileError, match="another method"):
-        bridge.restore_adapted(other, tmp_path / "saved")
+        moepeft.attachment(other).restore(tmp_path / "saved")
     headless, _ = adapted_classifier("ept")
     headless.classifier.requires_grad_(False)
     before = {name: value.clone() for name, value in headless.state_dict().items()}
     with pytest.raises(AdapterFileError, match="unfreeze after attach"):
-        bridge.restore_adapted(headless, tmp_path / "saved")
+        moepeft.attachment(headless).restore(tmp_path / "saved")
     (tmp_path / "saved" / "trained.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(AdapterFileError, match="not a whole safetensors file"):
-        load_adapted(headless, tmp_path / "saved")
+        moepeft.load(headless, tmp_path / "saved")
     assert all(torch.equal(value, before[name]) for name, value in headless.state_dict().items())
 
 
@@ -398,4 +397,4 @@ def test_model_without_config_trains(tmp_path: Path) -> None:
     )
     trainer.train()
     assert curve(trainer, "loss")[-1] < curve(trainer, "loss")[0]
-    load_adapted(Regression(), tmp_path / "checkpoint-6")
+    moepeft.load(Regression(), tmp_path / "checkpoint-6")

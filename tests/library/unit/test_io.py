@@ -268,3 +268,44 @@ def test_only_some_sites(tmp_path: Path) -> None:
     chosen.save(tmp_path)
     again = moepeft.load(build("t5"), tmp_path)
     assert again.sites == chosen.sites
+
+
+class Classifier(nn.Module):
+    """A backbone with a new head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).relu())
+
+
+@pytest.mark.parametrize("spec", ["lora", "ept", "tucka"])
+def test_what_was_unfrozen_and_trained_is_saved_loaded_and_restored_as_well(spec: str, tmp_path: Path) -> None:
+    model, x, ids = Classifier(), torch.randn(2, 4, 8), [0, 1]
+    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=2), sites=["layer"])
+    model.head.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in (*adapters.parameters(), *model.head.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+    expected = model.eval()(x, task_ids=ids)
+    adapters.save(tmp_path)
+
+    again = Classifier().eval()
+    moepeft.load(again, tmp_path)
+    assert torch.allclose(again(x, task_ids=ids), expected)
+    assert again.head.weight.requires_grad
+    with torch.no_grad():
+        again.head.weight.zero_()
+    moepeft.attachment(again).restore(tmp_path)
+    assert torch.allclose(again(x, task_ids=ids), expected)
+
+    frozen = Classifier()
+    other = moepeft.attach(frozen, moepeft.method(spec, num_tasks=2), sites=["layer"])
+    with pytest.raises(AdapterFileError, match=r"head\.weight"):
+        other.restore(tmp_path)
+    other.save(tmp_path)
+    assert not (tmp_path / "trained.safetensors").exists()
