@@ -21,8 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = hf.AutoTokenizer.from_pretrained(args.model)
     model = hf.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
-    moepeft.attach(model, moepeft.method("ept", num_tasks=2))
-    model.classifier.requires_grad_(True)  # new, so it trains as well; it is saved beside the adapters
+    moepeft.attach(model, moepeft.method("ept", num_tasks=2), train=["classifier"])  # the head is new
 
     def rows(task: int, split: str) -> list[dict[str, object]]:
         table = pd.read_parquet(args.data_dir / "glue" / ("rte", "mrpc")[task] / f"{split}.parquet")

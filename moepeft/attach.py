@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +16,7 @@ from .protocols import AdapterFactory
 from .shards import is_sharded
 from .sites import LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
 from .state import SLOT, State
-from .trained import load_others, read_others
+from .trained import find_modules, is_beneath, load_values, unfreeze, warn_of_new_heads
 
 __all__ = ["Attachment", "attach", "attachment", "load"]
 
@@ -27,6 +27,7 @@ def attach(
     sites: SitePattern | None = None,
     *,
     exclude: SitePattern | None = None,
+    train: Iterable[str] | None = None,
 ) -> Attachment:
     """Freeze `model` and put the method's adapters around its linear layers.
 
@@ -38,9 +39,12 @@ def attach(
         factory: the method's configuration, e.g. ``EPT(rank=8, num_tasks=8)``.
         sites: which layers; see `moepeft.sites.select_sites`. None: all linear layers of the repeated blocks.
         exclude: which of these to leave out, said in the same ways.
+        train: modules that train whole beside the adapters and carry none, such as ``["classifier"]``: dotted names, or
+            last components of them. They are in `Attachment.parameters` and in what `Attachment.save` writes. None: no
+            module, and a new head that stays frozen is warned of.
 
     Raises:
-        NoMatchingSite: `sites` or `exclude` matches nothing.
+        NoMatchingSite: `sites`, `exclude` or `train` matches nothing.
         Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
             was not given, or its weights are sharded already.
         AlreadyAttached: the model has adapters.
@@ -52,8 +56,9 @@ def attach(
         )
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
+    whole = find_modules(model, train or ())
     found, unreachable = survey(model)
-    wanted = select_sites(found, sites, exclude)
+    wanted = tuple(site for site in select_sites(found, sites, exclude) if not is_beneath(site.name, whole))
     if sites is None:
         _refuse_the_head_alone(model, wanted, unreachable)
     chosen = tuple(factory.select([site for site in wanted if building.can_adapt(factory, site)]))
@@ -62,9 +67,14 @@ def attach(
     if sites is None:
         _warn_of_the_unreachable(model, chosen, unreachable)
     shared, built = building.build(factory, chosen)
-    state = State(model, factory, chosen, shared, (*unreachable, *_left_by(factory, found, wanted, chosen)))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    left_out = (
+        *unreachable,
+        *_left_by(factory, [site for site in found if not is_beneath(site.name, whole)], wanted, chosen),
+    )
+    state = State(model, factory, chosen, shared, left_out, whole)
+    model.requires_grad_(False)
+    unfreeze(model, whole)
+    warn_of_new_heads(state, asked=train is not None)
     install(state, built)
     if building.on_meta(built[0]):
         state.without_values = built[0]
@@ -126,13 +136,12 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
     Raises:
         AdapterFileError: anything is wrong with the files or they are for another model; `model` is untouched.
     """
-    factory, wanted, values = saving.read(model, Path(folder), any_base=any_base)
-    others = read_others(model, Path(folder))
-    adapters = attach(model, factory, sites=lambda site: site.name in wanted)
+    saved = saving.read(model, Path(folder), any_base=any_base)
+    adapters = attach(model, saved.factory, sites=lambda site: site.name in saved.sites, train=saved.train)
     try:
-        adapters.load_state_dict(values)
+        adapters.load_state_dict(saved.values)
     except BaseException:
         adapters.detach()
         raise
-    load_others(model, others)
+    load_values(model, saved.others)
     return adapters

@@ -66,11 +66,12 @@ class Attachment:
         return self.state.adapters
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Trainable adapter parameters; shared ones first, each once, under the names `save` uses."""
-        return ((name, parameter) for name, parameter in self.state.named_parameters() if parameter.requires_grad)
+        """What trains, each once, under the names `save` uses: shared ones, every site's, then the model's own."""
+        yield from ((name, parameter) for name, parameter in self.state.named_parameters() if parameter.requires_grad)
+        yield from trained.find_others(self.state).items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Trainable adapter parameters, for the optimiser."""
+        """What trains, for the optimiser: adapters, and what of the model `attach` was told by `train`."""
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -108,6 +109,7 @@ class Attachment:
             f"{len(self.sites)} sites: {', '.join(f'{role} x {number}' for role, number in roles.items())}\n"
             f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
             f"{share:.2%} of {count.base:,} frozen ones"
+            + (f"\n{count.beside:,} more train beside: {', '.join(trained.owners(self.state))}" if count.beside else "")
             + "".join(f"\nleft out: {line}" for line in by_reason(self.state.left_out))
         )
 
@@ -209,11 +211,10 @@ class Attachment:
     def save(self, folder: str | Path) -> None:
         """Write ``adapter.safetensors`` and ``adapter.json`` into `folder`, which is made if need be.
 
-        ``trained.safetensors`` holds what else of the model trains, such as a head that was unfrozen after `attach`.
+        ``trained.safetensors`` holds what else of the model trains, such as a new head.
 
         Where parameters are sharded (FSDP) every process must call it: each gathers and writes all of them.
         """
-        trained.save_others(self.model, Path(folder))
         saving.save(self.state, Path(folder))
 
     def restore(self, folder: str | Path) -> None:
@@ -225,10 +226,7 @@ class Attachment:
         Raises:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
         """
-        others = trained.read_others(self.model, Path(folder))
-        trained.check_same(self.model, Path(folder), others)
         saving.restore(self.state, Path(folder))
-        trained.load_others(self.model, others)
 
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .config import purpose, task_number, with_tasks
 from .protocols import AdapterFactory, LinearSite
 from .state import State
+from .trained import find_others
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class ParameterCount:
         shared: the part of `total` that all sites own together.
         task_tables: the part of `total` that embeds tasks.
         router: the part of `total` that chooses experts.
+        beside: numbers of the model that train beside the adapters, such as a new head's; no part of `total`.
         closed_form: what the method's formula says; a test holds the two equal for every method.
         base: frozen numbers of the model.
         sites: number of adapted layers.
@@ -33,6 +35,7 @@ class ParameterCount:
     shared: int
     task_tables: int
     router: int
+    beside: int
     closed_form: int
     base: int
     sites: int
@@ -52,14 +55,16 @@ def count_parameters(state: State) -> ParameterCount:
                 counted[purpose(state.factory, name)] += parameter.numel()
                 counted["shared"] += parameter.numel() * (module_name == "shared")
     total = counted["task_table"] + counted["router"] + counted["core"]
+    beside = sum(parameter.numel() for parameter in find_others(state).values())
     everything = sum(p.numel() for p in state.model.parameters())
     return ParameterCount(
         total=total,
         shared=counted["shared"],
         task_tables=counted["task_table"],
         router=counted["router"],
+        beside=beside,
         closed_form=state.factory.count(state.sites),
-        base=everything - total,
+        base=everything - total - beside,
         sites=len(state.sites),
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +20,49 @@ from .registry import from_config
 from .shards import whole
 from .sites import find_sites
 from .state import State
+from .trained import TRAINED, check_same, find_values, load_values, read_values
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
-_KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites", "tensors"}
+_KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites", "tensors", "train", "trained"}
+
+
+class Saved(NamedTuple):
+    """What a folder holds, checked against a model.
+
+    Attributes:
+        factory: the method's configuration.
+        sites: names of the adapted layers.
+        values: of the adapters.
+        train: names of the modules that trained beside the adapters.
+        others: values of what trained beside the adapters, by their names in the model.
+    """
+
+    factory: AdapterFactory
+    sites: list[str]
+    values: dict[str, Tensor]
+    train: list[str]
+    others: dict[str, Tensor]
 
 
 def save(state: State, folder: Path) -> None:
-    """Write an attachment's weights and description."""
+    """Write an attachment's weights and description, and what else of the model trains."""
     text = json.dumps(_description(state), indent=1) + "\n"
-    values = {name: whole(value) for name, value in state.values().items()}
+    files = {WEIGHTS: state.values(), TRAINED: find_values(state)}
+    files = {name: {key: whole(value.detach()) for key, value in values.items()} for name, values in files.items()}
     path = folder / CONFIG
-    # Both are written before either takes its place; the weights do so first, so that no description is there without.
-    with replacing(path) as description, replacing(folder / WEIGHTS) as weights:
+    # All are written before any takes its place; the weights do so first, so that no description is there without.
+    with ExitStack() as places:
+        description = places.enter_context(replacing(path))
+        for name, values in files.items():
+            if values:
+                write_tensors(places.enter_context(replacing(folder / name)), values)
         description.write_text(text, "utf-8")
-        write_tensors(weights, values)
         if path.is_file() and path.read_bytes() != text.encode():
             # Stopped from here on, other adapters' description must not stand beside weights of the same shapes.
             path.unlink()
+        if not files[TRAINED]:  # what a former model left there
+            (folder / TRAINED).unlink(missing_ok=True)
 
 
 def _description(state: State) -> dict[str, Any]:
@@ -49,14 +76,18 @@ def _description(state: State) -> dict[str, Any]:
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
             for site in state.sites
         ],
-        "tensors": {name: list(value.shape) for name, value in state.values().items()},
+        "tensors": _shapes(state.values()),
+        "train": list(state.train),
+        "trained": _shapes(find_values(state)),
     }
 
 
-def read(
-    model: nn.Module, folder: Path, *, any_base: bool = False
-) -> tuple[AdapterFactory, list[str], dict[str, Tensor]]:
-    """The method's configuration, the names of its sites and the adapters' values, checked against `model`.
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in values.items()}
+
+
+def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
+    """What is to be attached to `model`, checked against it.
 
     Raises:
         AdapterFileError: anything is wrong with the files or they are for another model.
@@ -65,12 +96,13 @@ def read(
     factory = _factory(description, folder)
     _check_base(model, description["base"], folder, any_base=any_base)
     wanted = _check_sites(model, description["sites"], folder)
+    train = _check_train(model, description["train"], folder)
     # Sizes are compared before anything of that size is made: a file may ask for any rank.
     own = _blueprint(model, factory, wanted, folder)
-    shapes = {name: list(value.shape) for name, value in own.items()}
-    if shapes != description["tensors"]:
-        raise AdapterFileError(f"{folder}: {_difference(shapes, description['tensors'])}")
-    return factory, wanted, _read_weights(folder, own)
+    if _shapes(own) != description["tensors"]:
+        raise AdapterFileError(f"{folder}: {_difference(_shapes(own), description['tensors'])}")
+    others = read_values(model, folder, description["trained"])
+    return Saved(factory, wanted, _read_weights(folder, own), train, others)
 
 
 def restore(state: State, folder: Path) -> None:
@@ -85,7 +117,10 @@ def restore(state: State, folder: Path) -> None:
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
     _check_base(state.model, description["base"], folder, any_base=False)
+    others = read_values(state.model, folder, description["trained"])
+    check_same(state, folder, others)
     state.load_values(_read_weights(folder, state.values()))
+    load_values(state.model, others)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -97,7 +132,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{path} has schema version {found!r}, this moepeft reads version {SCHEMA_VERSION}: "
             "install the moepeft that wrote it, or save the adapters again"
         )
-    if set(description) != _KEYS or not all(isinstance(description[k], dict) for k in ("config", "base", "tensors")):
+    if set(description) != _KEYS or any(
+        not isinstance(description[key], dict) for key in ("config", "base", "tensors", "trained")
+    ):
         raise AdapterFileError(f"{path} must hold exactly {sorted(_KEYS)}, got {sorted(description)}: it is damaged")
     return description
 
@@ -137,7 +174,7 @@ def _read_weights(folder: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The saved values of tensors of the same names, shapes and kinds as `own`."""
     path = folder / WEIGHTS
     state = read_tensors(path, missing="the folder is incomplete, copy it again")
-    expected, shapes = ({name: list(value.shape) for name, value in each.items()} for each in (own, state))
+    expected, shapes = _shapes(own), _shapes(state)
     if shapes != expected:
         raise AdapterFileError(f"{path} does not hold what {CONFIG} says: {_difference(expected, shapes)}")
     check_values(path, state, {name: value.dtype for name, value in own.items()})
@@ -188,6 +225,13 @@ def _check_sites(model: nn.Module, saved: Any, folder: Path) -> list[str]:
                 + ": it is another architecture"
             )
     return list(wanted)
+
+
+def _check_train(model: nn.Module, saved: Any, folder: Path) -> list[str]:
+    modules = {name for name, _ in model.named_modules()}
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name in modules for name in saved):
+        raise AdapterFileError(f"{folder} trained the modules {saved}, of which the model has not all: load that model")
+    return list(saved)
 
 
 def _difference(wanted: dict[str, list[int]], got: dict[str, list[int]]) -> str:

@@ -65,6 +65,7 @@ class State:
         chunk_sizes: name of a module -> in how many positions it computed its feed-forward network.
         without_values: an adapter that was attached on the meta device, until all of them are given values.
         left_out: layers that carry no adapter although they hold matrices, with the reason.
+        train: names of the modules that train beside the adapters.
         uses_checked: whether a training forward has shown which adapted layers run.
     """
 
@@ -75,6 +76,7 @@ class State:
         sites: tuple[LinearSite, ...],
         shared: nn.Module | None,
         left_out: tuple[LeftOut, ...] = (),
+        train: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.factory = factory
@@ -88,6 +90,7 @@ class State:
         self.stepping_version = 0
         self.without_values: nn.Module | None = None
         self.left_out = left_out
+        self.train = train
         self.uses_checked = False
         self.chunk_sizes: dict[str, int] = {}
 

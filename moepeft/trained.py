@@ -1,81 +1,177 @@
 """What trains beside the adapters, such as a new classification head: saved, loaded and restored with the adapters.
 
-`moepeft.attach` freezes the model. A parameter that is unfrozen afterwards trains along. Without its values the
-adapters would answer through a random head.
+`moepeft.attach` freezes the model but for what `train` names. A parameter that is unfrozen afterwards trains along as
+well. Without the values of both the adapters would answer through a random head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterFileError
-from .files import check_values, read_tensors, replacing, write_tensors
-from .shards import laid_out, whole
-from .state import SLOT
+from .errors import AdapterFileError, NoMatchingSite, did_you_mean
+from .files import check_values, read_tensors
+from .shards import laid_out
+from .sites import LinearSite
+from .state import SLOT, State
 
 TRAINED = "trained.safetensors"
+_WITH_LABELS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
 
 
-def find_others(model: nn.Module) -> dict[str, nn.Parameter]:
+# ---------------------------------------------------------------------- which modules
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Full names of the modules that `train` means.
+
+    Args:
+        model: the bare model.
+        names: dotted names, or last components of dotted names; a component means every module that ends so.
+
+    Raises:
+        NoMatchingSite: no module with parameters has such a name.
+    """
+    if isinstance(names, str):
+        raise NoMatchingSite(f"train={names!r} is one string: give a list of names of modules, train=[{names!r}]")
+    modules = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
+    found: dict[str, None] = {}
+    for wanted in names:
+        matching = [name for name in modules if name == wanted or name.endswith(f".{wanted}")]
+        if not matching:
+            raise NoMatchingSite(
+                f"train names {wanted!r}, but no module with parameters has that name or that last component: give a "
+                f"name of model.named_modules().{did_you_mean(wanted, (name for name, _ in model.named_children()))}"
+            )
+        found.update(dict.fromkeys(matching))
+    return tuple(found)
+
+
+def is_beneath(name: str, modules: Iterable[str]) -> bool:
+    """Whether the module or tensor `name` is one of `modules` or lies in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def unfreeze(model: nn.Module, modules: Iterable[str]) -> None:
+    """Let the parameters of the named modules train."""
+    for name in modules:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def warn_of_new_heads(state: State, *, asked: bool) -> None:
+    """Name what no checkpoint had and what stays frozen nevertheless.
+
+    transformers marks a parameter whose value came from a checkpoint. Where a model has no mark at all, made from a
+    configuration or by an older release, a head for labels counts as new unless the caller was `asked` what trains.
+    """
+    model = state.model
+    frozen = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if state.trained_before.get(name) and not parameter.requires_grad and not _is_adapted(name, state.sites)
+    ]
+    read = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    if read:
+        new = [name for name, parameter in frozen if not getattr(parameter, "_is_hf_initialized", False)]
+    elif not asked and _WITH_LABELS.search(type(model).__name__):
+        new = [name for name, _ in frozen if not name.startswith(body)]
+    else:
+        new = []
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in new))
+    if modules:
+        warnings.warn(
+            f"{', '.join(modules)} of this {type(model).__name__} "
+            + ("came from no checkpoint" if read else "may be new")
+            + f" and would stay frozen: attach(..., train={modules!r}) trains and saves them with the adapters"
+            + ("" if read else "; train=[] says that they are trained already"),
+            stacklevel=3,
+        )
+
+
+def _is_adapted(name: str, sites: Iterable[LinearSite]) -> bool:
+    return is_beneath(name, (site.name for site in sites))
+
+
+# ---------------------------------------------------------------------- their values
+
+
+def find_others(state: State) -> dict[str, nn.Parameter]:
     """The trainable parameters that are no adapters, by name."""
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in state.model.named_parameters()
         if parameter.requires_grad and SLOT not in name.split(".")
     }
 
 
-def save_others(model: nn.Module, folder: Path) -> None:
-    """Write them; where there are none, remove what a former model left there."""
-    values = {name: whole(parameter.detach()) for name, parameter in find_others(model).items()}
-    if values:
-        with replacing(folder / TRAINED) as partial:
-            write_tensors(partial, values)
-    else:
-        (folder / TRAINED).unlink(missing_ok=True)
+def owners(state: State) -> tuple[str, ...]:
+    """Names of the modules that train beside the adapters: those that `train` named, and others' that were unfrozen."""
+    others = (name.rpartition(".")[0] for name in find_others(state))
+    return (*state.train, *dict.fromkeys(name for name in others if not is_beneath(name, state.train)))
 
 
-def read_others(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """What `save_others` wrote, checked against `model`; empty if nothing else trained.
+def find_values(state: State) -> dict[str, Tensor]:
+    """These parameters, and the buffers that a training forward changes beside them, as a batch norm's."""
+    others = find_others(state)
+    owners = {name.rpartition(".")[0] for name in others}
+    buffers = {
+        name: buffer
+        for name, buffer in state.model.named_buffers()
+        if SLOT not in name.split(".") and (name.rpartition(".")[0] in owners or is_beneath(name, state.train))
+    }
+    kept = state.model.state_dict() if buffers else {}
+    return {**others, **{name: buffer for name, buffer in buffers.items() if name in kept}}
+
+
+def read_values(model: nn.Module, folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """The saved values, checked against what their description says and against `model`.
 
     Raises:
-        AdapterFileError: the file is damaged, or for another model.
+        AdapterFileError: the file is missing or damaged, or for another model.
     """
     path = folder / TRAINED
-    if not path.exists():
+    if not shapes and not path.exists():
         return {}
-    saved = read_tensors(path, missing="copy the folder again")
-    parameters = dict(model.named_parameters())
+    saved = read_tensors(path, missing="the folder is incomplete, copy it again")
+    found = {name: list(value.shape) for name, value in saved.items()}
+    if found != dict(shapes):
+        raise AdapterFileError(f"{path} holds {found}, its description says {dict(shapes)}: copy the folder again")
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in saved.items():
-        shape = tuple(parameters[name].shape) if name in parameters else None
+        shape = tuple(own[name].shape) if name in own else None
         if shape != tuple(value.shape):
             raise AdapterFileError(f"{path} holds {name!r} of shape {tuple(value.shape)}, the model has {shape} there")
-    check_values(path, saved, {name: parameters[name].dtype for name in saved})
+    check_values(path, saved, {name: own[name].dtype for name in saved})
     return saved
 
 
-def check_same(model: nn.Module, folder: Path, saved: Mapping[str, Tensor]) -> None:
-    """Refuse values of other parameters than those that `model` trains.
+def check_same(state: State, folder: Path, saved: Mapping[str, Tensor]) -> None:
+    """Refuse values of other tensors than those that the model trains.
 
     Raises:
         AdapterFileError: the two sets differ.
     """
-    others = find_others(model)
-    if set(others) != set(saved):
+    own = find_values(state)
+    if set(own) != set(saved):
         raise AdapterFileError(
-            f"{folder / TRAINED} holds {sorted(saved) or 'nothing'}, but the model trains "
-            f"{sorted(others) or 'nothing'} beside its adapters: unfreeze after attach() what was trained then"
+            f"{folder / TRAINED} holds {sorted(saved) or 'nothing'}, but the model trains {sorted(own) or 'nothing'} "
+            "beside its adapters: name in attach(train=...) what was trained then"
         )
 
 
 @torch.no_grad()
-def load_others(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Give the parameters their values; they train from now on."""
-    parameters = dict(model.named_parameters())
+def load_values(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give the tensors their values; the parameters among them train from now on."""
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     for name, value in saved.items():
-        parameters[name].requires_grad_(True)
-        parameters[name].copy_(laid_out(value, parameters[name]))
+        if isinstance(own[name], nn.Parameter):
+            own[name].requires_grad_(True)
+        own[name].copy_(laid_out(value, own[name]))

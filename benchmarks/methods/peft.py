@@ -156,6 +156,7 @@ class PeftAttachment:
             shared=0,
             task_tables=sum(p.numel() for name, p in self.named_parameters() if ".poly_router." in name),
             router=0,
+            beside=0,
             closed_form=total,
             base=self._base,
             sites=len(self.sites),

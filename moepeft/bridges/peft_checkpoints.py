@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -158,12 +158,13 @@ def _peft_config(peft: ModuleType, attachment: Attachment, factors: Mapping[str,
     )
 
 
-def import_lora(model: nn.Module, folder: str | Path) -> Attachment:
+def import_lora(model: nn.Module, folder: str | Path, *, train: Iterable[str] | None = None) -> Attachment:
     """Attach a LoRA checkpoint of the `peft` package as the method `lora`.
 
     Args:
         model: the base model, bare, of the class that the checkpoint was trained on.
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        train: as `moepeft.attach` takes it.
 
     Raises:
         AdapterFileError: a file is missing or damaged, or is for another model; `model` is untouched.
@@ -185,7 +186,7 @@ def import_lora(model: nn.Module, folder: str | Path) -> Attachment:
         rslora=config.get("use_rslora", False),
         dropout=config.get("lora_dropout", 0.0),
     )
-    attachment = attach(model, factory, sites=lambda site: site.name in factors)
+    attachment = attach(model, factory, sites=lambda site: site.name in factors, train=train)
     for name, (A, B) in factors.items():
         # Half-precision factors go on in single precision, as in peft; double precision is kept.
         adapter = attachment.adapters[name].to(torch.promote_types(A.dtype, torch.get_default_dtype()))

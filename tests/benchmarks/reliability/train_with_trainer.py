@@ -23,7 +23,7 @@ def main(folder: str, rows_per_process: int) -> None:
         attention_probs_dropout_prob=0.0,
     )
     model = BertForSequenceClassification(config)
-    adapters = moepeft.attach(model, moepeft.method("mixlora", balance_coefficient=0.5))
+    adapters = moepeft.attach(model, moepeft.method("mixlora", balance_coefficient=0.5), train=[])
     adapters.synchronise()
     ids = torch.randint(3, 64, (16, 7))
     rows = [{"input_ids": row, "labels": index % 2, "task_ids": 0} for index, row in enumerate(ids)]

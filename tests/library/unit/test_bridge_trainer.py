@@ -57,9 +57,7 @@ def classifier() -> nn.Module:
 def adapted_classifier(spec: str) -> tuple[nn.Module, moepeft.Attachment]:
     model = classifier()
     torch.manual_seed(1)
-    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=TASKS))
-    model.classifier.requires_grad_(True)
-    return model, adapters
+    return model, moepeft.attach(model, moepeft.method(spec, num_tasks=TASKS), train=["classifier"])
 
 
 def classified_rows(number: int = 48, *, seed: int = 2) -> Any:
@@ -329,7 +327,7 @@ def test_the_trained_loss_is_the_sum_of_task_and_auxiliary_losses(kind: str, tmp
         adapters = moepeft.attachment(model)
         adapters.detach()
         torch.manual_seed(1)
-        adapters = moepeft.attach(model, moepeft.method("ept", num_tasks=TASKS, contrastive=coefficient))
+        adapters = moepeft.attach(model, moepeft.method("ept", num_tasks=TASKS, contrastive=coefficient), train=[])
         trainer = make(model, tmp_path, max_steps=1, logging_steps=1, max_grad_norm=0.0)
         trainer.optimizer = Recording(adapters.parameters(), lr=0.0)
         trainer.train()
@@ -368,7 +366,7 @@ def test_misuse_is_loud(tmp_path: Path) -> None:
     headless, _ = adapted_classifier("ept")
     headless.classifier.requires_grad_(False)
     before = {name: value.clone() for name, value in headless.state_dict().items()}
-    with pytest.raises(AdapterFileError, match="unfreeze after attach"):
+    with pytest.raises(AdapterFileError, match=r"attach\(train="):
         moepeft.attachment(headless).restore(tmp_path / "saved")
     (tmp_path / "saved" / "trained.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(AdapterFileError, match="not a whole safetensors file"):

@@ -81,7 +81,7 @@ DAMAGE = {
     "a pickle": (rewrite("adapter.safetensors", lambda b: pickle.dumps({"a": 1})), "not a whole safetensors file"),
     "a huge header": (rewrite("adapter.safetensors", lambda b: b"\xff" * 8 + b[8:]), "not a whole safetensors file"),
     "binary description": (rewrite("adapter.json", lambda b: b"\xff\xfe\x00"), "not readable JSON"),
-    "newer schema": (edit("schema_version", 2), "schema version 2, this moepeft reads version 1"),
+    "newer schema": (edit("schema_version", 99), "schema version 99, this moepeft reads version 2"),
     "a list": (rewrite("adapter.json", lambda b: b"[]"), "holds a list, wanted a JSON object"),
     "a number": (rewrite("adapter.json", lambda b: b"7"), "holds a int, wanted a JSON object"),
     "no schema": (described(without("schema_version")), "schema version None"),
@@ -207,7 +207,7 @@ def test_another_base_is_refused_unless_told(tmp_path: Path) -> None:
 def test_nothing_but_safetensors_and_json(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["adapter.json", "adapter.safetensors"]
     description = json.loads((saved / "adapter.json").read_text())
-    assert description["schema_version"] == 1
+    assert description["schema_version"] == 2
     assert description["config"]["kernels"] == [2, 2, 4, 4, 6, 6, 8, 8]
     assert {"name", "in_features", "out_features"} == set(description["sites"][0])
 

@@ -1,0 +1,124 @@
+"""What trains beside the adapters: named at `attach`, in every list and file, given back by `detach`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
+
+import moepeft
+from moepeft.errors import AdapterFileError, NoMatchingSite
+
+
+def config(kind: type = BertConfig, **more: int) -> BertConfig:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return kind(**sizes, vocab_size=20, **more)
+
+
+class Tail(nn.Module):
+    """A head with running statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, affine=False)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 8)
+        self.head = Tail()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
+
+
+def test_a_head_trains_is_saved_and_leaves(tmp_path: Path) -> None:
+    model, x = Network(), torch.randn(16, 8)
+    model.body.bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapters = moepeft.attach(model, moepeft.method("ept", num_tasks=2, kernels=(2, 2, 4, 4)), train=["head"])
+    assert [site.name for site in adapters.sites] == ["body"]  # what trains whole carries no adapter
+    names = [name for name, _ in adapters.named_parameters()]
+    assert names[-2:] == ["head.out.weight", "head.out.bias"]
+    assert "head" in adapters.summary()
+    count = adapters.parameter_count()
+    assert (count.beside, count.base) == (18, 72)
+    assert count.total == count.closed_form
+    optimiser = torch.optim.SGD(adapters.parameters(), lr=0.1)
+    ids = torch.arange(16) % 2
+    (model(x, task_ids=ids).square().mean() + adapters.aux_loss()).backward()
+    optimiser.step()
+    adapters.save(tmp_path)
+
+    again = Network()
+    moepeft.load(again, tmp_path)
+    assert torch.equal(again.eval()(x, task_ids=ids), model.eval()(x, task_ids=ids))
+    assert json.loads((tmp_path / "adapter.json").read_text())["train"] == ["head"]
+    assert moepeft.attachment(again).state.train == ("head",)
+    adapters.detach()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_a_folder_without_its_head_or_with_another_is_refused(tmp_path: Path) -> None:
+    adapters = moepeft.attach(Network(), moepeft.method("lora", rank=2), train=["head.out"])
+    adapters.save(tmp_path)
+    path = tmp_path / "trained.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    for target in (adapters.restore, lambda folder: moepeft.load(Network(), folder)):
+        with pytest.raises(AdapterFileError, match="incomplete"):
+            target(tmp_path)
+    moepeft.attach(Network(), moepeft.method("lora", rank=2), train=[]).save(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(AdapterFileError, match=r"head\.out\.weight"):
+        moepeft.load(Network(), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["haed"], ["head", "norm"], "head"])
+def test_names_that_mean_nothing_are_refused(names: list[str]) -> None:
+    model = Network()
+    with pytest.raises(NoMatchingSite):
+        moepeft.attach(model, moepeft.method("lora"), train=names)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_new_head_left_frozen_is_named(tmp_path: Path) -> None:
+    """New to transformers: no checkpoint had it. All of what is new is named, whatever part the caller named."""
+    BertModel(config()).save_pretrained(tmp_path / "bert")
+    BertForSequenceClassification(config()).save_pretrained(tmp_path / "classifier")
+    DistilBertModel(config(DistilBertConfig, dim=16, hidden_dim=16, n_layers=1, n_heads=2)).save_pretrained(
+        tmp_path / "d"
+    )
+    lora = moepeft.method("lora", rank=2)
+    with pytest.warns(UserWarning, match=r"train=\['classifier'\]"):
+        moepeft.attach(BertForSequenceClassification.from_pretrained(tmp_path / "bert"), lora)
+    with pytest.warns(UserWarning, match=r"train=\['pre_classifier'\]"):
+        moepeft.attach(DistilBertForSequenceClassification.from_pretrained(tmp_path / "d"), lora, train=["classifier"])
+    with pytest.warns(UserWarning, match=r"train=\['classifier'\]"):
+        moepeft.attach(BertForSequenceClassification(config()), lora)  # made from a configuration
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = BertForSequenceClassification.from_pretrained(tmp_path / "bert")
+        moepeft.attach(new, lora, train=["classifier"]).save(tmp_path / "saved")
+        moepeft.load(BertForSequenceClassification.from_pretrained(tmp_path / "bert"), tmp_path / "saved")
+        moepeft.attach(BertForSequenceClassification.from_pretrained(tmp_path / "classifier"), lora)
+        moepeft.attach(BertForSequenceClassification(config()), lora, train=[])
+        moepeft.attach(BertForSequenceClassification(config()), lora, sites=["query", "classifier"])
