@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from . import building, merging, saving, trained
 from .counting import ParameterCount, count_parameters
-from .entries import checked_ids, checked_masks
 from .errors import AuxLossDetached, Unsupported
+from .given import checked_ids, checked_masks
 from .hooks import remove
 from .protocols import AdapterFactory
 from .runtime import Runtime
@@ -149,7 +149,7 @@ class Attachment:
         """Route every call inside by these ids, in this thread; for `generate`, whose keywords are fixed.
 
         Args:
-            task_ids: one id per row, or a single one for all rows.
+            task_ids: one id per row, a single one for all rows, or (rows, positions) for packed rows.
             mask: which positions are real tokens, (rows, positions), for models that name their mask otherwise; for
                 an encoder-decoder model a dictionary of masks by ``encoder`` and ``decoder``.
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .errors import MissingRouting
 from .masks import Mask, mask_of
 from .roles import Stream
 
@@ -64,17 +65,39 @@ class Arranged(NamedTuple):
         restore: brings an output of that form back to the layer's own.
         in_order: whether the positions of a row are in their order.
         rows_known: whether dimension 0 is known to be the rows.
+        positions: how many positions of each row stand in `x` as rows of their own; None where rows are whole.
     """
 
     x: Tensor
     restore: Callable[[Tensor], Tensor]
     in_order: bool = True
     rows_known: bool = True
+    positions: int | None = None
+
+    def by_position(self) -> Arranged:
+        """The same with every position as a row of its own: (rows * positions, features)."""
+        shape = self.x.shape[:-1]
+        return self._replace(
+            x=self.x.flatten(0, -2),
+            restore=lambda y: self.restore(y.reshape(*shape, -1)),
+            positions=shape[1:].numel(),
+        )
 
 
 def same(y: Tensor) -> Tensor:
     """The tensor itself."""
     return y
+
+
+def rows_from_second(x: Tensor) -> Arranged:
+    """An input (positions, rows, features) of a method whose layout says so.
+
+    Raises:
+        MissingRouting: the input has no two dimensions beside the features.
+    """
+    if x.dim() != 3:
+        raise MissingRouting(f"layout='sequence_first' needs an input of 3 dimensions, got shape {tuple(x.shape)}")
+    return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1))
 
 
 def arrange(x: Tensor, scope: Scope, *, regrouped: bool, streams: int = 1) -> Arranged:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import MissingRouting
 from .ops.linear import token_shares
 from .ops.processes import sum_over_processes
+from .ops.segments import Segments, find_segments
 from .runtime import Forward, Runtime
 from .sites import LinearSite
 
@@ -41,7 +42,7 @@ class SiteContext:
         return self.runtime.forward or self.runtime.last
 
     def tasks(self, rows: int) -> Int[Tensor, "rows"]:
-        """Task of each of `rows` input rows.
+        """Task of each of `rows` input rows; where the call's rows are packed, a position stands as a row of its own.
 
         Raises:
             MissingRouting: no ids were given, it is not known which row has which, or a row has several.
@@ -49,7 +50,8 @@ class SiteContext:
         ids = self.task_sets(rows)
         if ids.shape[1] != 1:
             raise MissingRouting(
-                f"site {self.site.name!r} takes one task per row, got task_ids of shape {tuple(ids.shape)}"
+                f"site {self.site.name!r} takes one task per row, got {ids.shape[1]}: give task_ids of shape (rows,), "
+                "or (rows, positions) for packed rows"
             )
         return ids[:, 0]
 
@@ -59,14 +61,21 @@ class SiteContext:
         Raises:
             MissingRouting: no ids were given, or it is not known which row has which.
         """
-        ids = self.forward.task_ids
+        ids, x = self.forward.task_ids, self.forward.input
         if ids is None:
             raise MissingRouting(
                 f"site {self.site.name!r} routes by task but the call had no task ids: pass task_ids (one per row) to "
                 "the model call, or call it inside `with adapters.route(task_ids=...)`, in the same thread"
             )
-        ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
-        return self.spread(ids, rows, f"{ids.shape[0]} task ids")
+        what = f"{ids.shape[0]} task ids"
+        if not self.forward.packed:
+            return self.spread(ids[:, 0], rows, what)
+        if x is None or x.positions != ids.shape[1]:
+            raise MissingRouting(
+                f"site {self.site.name!r} gets {rows} rows of other positions than the task_ids of shape "
+                f"{tuple(ids.shape[:2])}, (rows, positions): leave the site out, or give one id per row"
+            )
+        return self.spread(ids, rows // x.positions, what).flatten(0, 1)
 
     def spread(self, values: Tensor, rows: int, what: str) -> Tensor:
         """Values of the rows of a call, for the `rows` rows that this site gets.
@@ -102,14 +111,15 @@ class SiteContext:
         explicit = forward.settings.masks.get(self.site.stream)
         masks = (*(() if explicit is None else (explicit,)), *scope.masks.get(self.site.stream, ()))
         known = forward.input is None or forward.input.rows_known
-        if x.dim() < 3 and known and scope.rows in (None, x.shape[0]):
+        positions = None if forward.input is None else forward.input.positions
+        if positions is None and x.dim() < 3 and known and scope.rows in (None, x.shape[0]):
             return None
-        if (forward.input is None or (known and forward.input.in_order)) and x.dim() >= 3:
-            rows, tokens = x.shape[0], x.shape[1:-1].numel()
+        if (forward.input is None or (known and forward.input.in_order)) and (x.dim() >= 3 or positions):
+            rows, tokens = x.shape[0] // (positions or 1), positions or x.shape[1:-1].numel()
             for mask in masks:
                 laid: Tensor | None = mask.on(rows, tokens, scope.copies or 1)
                 if laid is not None:
-                    return laid
+                    return laid.reshape(x.shape[0], -1)
         if not masks and scope.unknown_mask is None:
             return None
         if masks and (torch.compiler.is_compiling() or not all(bool(mask.real().all()) for mask in masks)):
@@ -125,6 +135,30 @@ class SiteContext:
                 "adapters.route(mask=...)"
             )
         return None
+
+    def segments(self, x: Float[Tensor, "rows *positions d"]) -> Segments | None:
+        """The sequences that stand in packed rows, of which every position is a row of `x`; None where rows are whole.
+
+        Raises:
+            MissingRouting: the call says nothing of where the sequences begin.
+        """
+        ids, arranged = self.forward.task_ids, self.forward.input
+        if ids is None or arranged is None or arranged.positions is None:
+            return None
+        made: Segments | None = self.get("segments")
+        if made is None:
+            begins = self.get("position_ids")
+            if begins is None:
+                raise MissingRouting(
+                    "the rows are packed, and a loss over sequences cannot tell where they begin: pass position_ids "
+                    "(rows, positions), counted from 0 in every sequence, to the model call"
+                )
+            tokens = x.shape[0] // arranged.positions, arranged.positions
+            mask = self.mask(x)
+            real = None if mask is None else mask.view(tokens)
+            made = find_segments(begins.to(x.device).expand(tokens), ids[..., 0].expand(tokens), real)
+            self.put("segments", made)
+        return made
 
     def token_shares(self, x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows tokens"]:
         """`moepeft.ops.linear.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
@@ -221,4 +255,7 @@ class SiteContext:
         stats = self.forward.settings.stats
         if stats is not None:
             made = value if isinstance(value, Tensor) else value()
+            positions = None if self.forward.input is None else self.forward.input.positions
+            if positions is not None:
+                made = made.reshape(-1, positions, *made.shape[1:])
             stats.setdefault(self.site.name, {})[name] = made.detach()

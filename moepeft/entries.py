@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Part, Scope, continues, open_scope
-from .config import task_number
-from .errors import GradientsLost, MissingRouting, Unsupported
-from .masks import Mask, mask_of
+from .errors import GradientsLost, Unsupported
+from .given import check_packed, checked_ids
+from .masks import Mask
 from .runtime import Forward, Memory, Runtime
 from .sites import LinearSite
 from .state import ENTRY, Entry, State
@@ -213,6 +213,11 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
     if task_ids is not None and scope.main is not None:
         task_ids = task_ids.to(scope.main.device)
     goes_on = continues(call)
+    values = dict(state.runtime.values) if goes_on else {}
+    values.pop("segments", None)  # of another call's rows
+    if task_ids is not None and task_ids.shape[1] > 1:
+        check_packed(state, task_ids, two_streams=entry.part.two_streams)
+        values["position_ids"] = call.get("position_ids")
     return Forward(
         task_ids,
         [scope],
@@ -220,7 +225,7 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
         continues=goes_on,
         grad=torch.is_grad_enabled(),
         grad_expected=training and torch.is_grad_enabled(),
-        values=dict(state.runtime.values) if goes_on else {},
+        values=values,
         masks=masks,
     )
 
@@ -265,56 +270,3 @@ def check_values(state: State) -> None:
             "the adapters were attached on the meta device and to_empty() gave them memory but no values: call "
             "reset_parameters() on their attachment, then load what there is to load"
         )
-
-
-def checked_ids(state: State, task_ids: Any) -> Tensor:
-    """The ids as a tensor. Values are looked at on the CPU only: a GPU would have to wait.
-
-    Raises:
-        MissingRouting: they are no whole numbers, none at all, of a wrong shape or out of range.
-    """
-    try:
-        ids = torch.as_tensor(task_ids)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MissingRouting(f"task_ids={task_ids!r} are no whole numbers: number the tasks from 0") from error
-    if not ids.numel():
-        raise MissingRouting("task_ids are empty: give one per row")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise MissingRouting(f"task_ids are of type {ids.dtype}, wanted whole numbers, one per row: give integers")
-    ids = ids.long().reshape(1) if ids.dim() == 0 else ids.long()
-    if ids.dim() > 2:
-        raise MissingRouting(f"task_ids must have shape (rows,) or (rows, ids), got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(state, ids)
-    return ids
-
-
-def _check_range(state: State, ids: Tensor) -> None:
-    number, low, high = task_number(state.factory), int(ids.min()), int(ids.max())
-    if number is not None and (high >= number or low < (-1 if ids.dim() == 2 else 0)):
-        raise MissingRouting(
-            f"task_ids lie between {low} and {high}, but {state.factory.name} was configured with num_tasks="
-            f"{number}: ids count from 0 to {number - 1}"
-        )
-    serves = state.merged_task if state.runtime.settings.enabled else None
-    if serves is not None and not low == high == serves:
-        raise MissingRouting(
-            f"task {serves} is merged into the weights, got task_ids between {low} and {high}: "
-            "call unmerge() to serve other tasks"
-        )
-
-
-def checked_masks(mask: Any) -> dict[Any, Any]:
-    """What `route(mask=...)` was given, by stream.
-
-    Raises:
-        MissingRouting: it is neither a mask nor masks by stream.
-    """
-    given = mask if isinstance(mask, Mapping) else {"encoder": mask}
-    masks = {stream: mask_of(value) for stream, value in given.items()}
-    if any(value is None for value in masks.values()) or not set(masks) <= {"encoder", "decoder"}:
-        raise MissingRouting(
-            "mask must be a tensor (rows, positions), 1 on real tokens, or a dictionary of them by 'encoder' and "
-            f"'decoder', got {type(mask).__name__} {list(given)}"
-        )
-    return masks

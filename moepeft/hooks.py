@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import arrange
+from .calls import Arranged, arrange, rows_from_second
 from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
 from .protocols import Base, Stepping
@@ -34,6 +34,7 @@ def install(state: State, adapters: Sequence[nn.Module]) -> None:
         shared = state.shared if site is state.sites[0] else None
         slot = Slot(adapter, SiteContext(state.runtime, site), module.__dict__.get("forward"), shared, state)
         slot.by_row = _by_row(state)
+        slot.by_task = state.factory.capabilities.routing == "task"
         setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
         bind(module)
     state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
@@ -113,16 +114,26 @@ def _adapted_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
     frozen: Base = functools.partial(_frozen_forward, module)
     if more or kwargs:
         frozen = _with_arguments(frozen, more, kwargs)
-    if slot.rows_second or beside:
+    if beside:
         forward.input = forward.given = None
-        output: Tensor = slot.adapter(x, frozen, slot.context.beside_the_rows() if beside else slot.context)
+        output: Tensor = slot.adapter(x, frozen, slot.context.beside_the_rows())
         return output
     if forward.given is not x:
-        forward.input = arrange(x, forward.scope, regrouped=slot.regrouped, streams=slot.streams)
+        forward.input = _arranged(x, slot, forward)
         forward.given = x
     arranged = forward.input
     assert arranged is not None
     return arranged.restore(slot.adapter(arranged.x, frozen, slot.context))
+
+
+def _arranged(x: Tensor, slot: Slot, forward: Forward) -> Arranged:
+    if slot.rows_second:
+        arranged = rows_from_second(x)
+    else:
+        arranged = arrange(x, forward.scope, regrouped=slot.regrouped, streams=slot.streams)
+    # Elsewhere the rows stay whole: what a token-routed method counts of them is laid out by rows.
+    by_position = slot.by_task and forward.packed and arranged.rows_known and arranged.in_order and x.dim() > 2
+    return arranged.by_position() if by_position else arranged
 
 
 def _without_forward(module: nn.Module, slot: Slot, x: Tensor, more: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

@@ -62,7 +62,8 @@ class Forward:
     """One forward pass of one thread.
 
     Attributes:
-        task_ids: shape (rows,), or (rows, k) for rows of several tasks; one id stands for all rows.
+        task_ids: shape (rows, positions, ids), see `moepeft.given.checked_ids`; one row of them stands for all rows,
+            one position for all positions.
         scopes: of the calls under way, the outermost first.
         settings: of its thread when it began.
         continues: it continues an earlier one (cached decoding, a decoder after a separate encoder call).
@@ -97,6 +98,11 @@ class Forward:
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None
     given: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the positions of a row have task ids of their own."""
+        return self.task_ids is not None and self.task_ids.shape[1] > 1
 
     @property
     def scope(self) -> Scope:

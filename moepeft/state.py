@@ -44,7 +44,7 @@ class Slot(nn.Module):
         self.inner = inner
         self.shared = shared
         self.regrouped = _is_regrouped(context.site.name)
-        self.by_row = False
+        self.by_row = self.by_task = False
         self.has_run = False
 
 

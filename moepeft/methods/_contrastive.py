@@ -18,6 +18,7 @@ from moepeft.context import SiteContext
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import contrastive as _fast
 from moepeft.ops.linear import first_position, with_row_mean
+from moepeft.ops.segments import Segments
 from moepeft.protocols import LinearSite
 
 
@@ -75,17 +76,31 @@ def contrastive_task_loss(terms: Sequence[ContrastiveTerm], temperature: float) 
 
 def with_summary(
     x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str
-) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "rows d"]]:
-    """The input, and what stands for a row in a contrastive loss: the mean of its real tokens, or position 0."""
+) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "sequences d"]]:
+    """The input, and what stands for a row in a contrastive loss: the mean of its real tokens, or position 0.
+
+    Where rows are packed, each of their sequences counts as a row.
+    """
+    segments = ctx.segments(x)
+    if segments is not None:
+        first = anchor == "first"
+        make = (lambda: x[segments.first]) if first else (lambda: segments.means(x))
+        return x, ctx.of_input("segment_first" if first else "segment_mean", x, make)
     if anchor == "first":
         return x, first_position(x)
     return ctx.of_input("row_mean", x, lambda: with_row_mean(x, ctx.token_shares(x)))
 
 
 def record_contrastive(
-    ctx: SiteContext, summary: Float[Tensor, "rows d"], table: Float[Tensor, "tasks d"], tasks: Int[Tensor, "rows"]
+    ctx: SiteContext,
+    summary: Float[Tensor, "sequences d"],
+    table: Float[Tensor, "tasks d"],
+    tasks: Int[Tensor, "rows"],
 ) -> None:
-    """Record a site's term of `contrastive_task_loss`."""
+    """Record a site's term of `contrastive_task_loss`: of the sequences where `tasks` are those of packed rows."""
+    segments: Segments | None = ctx.get("segments")
+    if segments is not None:
+        tasks = tasks[segments.first]
     if not torch.is_grad_enabled():  # reentrant checkpointing: a view of the input would not show it
         summary = summary.detach()
     # A copy: a sharded parameter is whole only while its layer runs.

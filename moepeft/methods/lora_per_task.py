@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moepeft.config import MethodConfig, Purpose
 from moepeft.context import SiteContext
+from moepeft.fast import has_fast_path
+from moepeft.methods._fast import per_position as _fast
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -65,11 +67,15 @@ class LoRAPerTask(MethodConfig):
         return sum(self.num_tasks * self.rank * (site.in_features + site.out_features) for site in sites)
 
 
+@has_fast_path(_fast.lora_per_task)
 def update(
-    x: Float[Tensor, "rows *n i"], A: Float[Tensor, "rows r i"], B: Float[Tensor, "rows o r"]
+    x: Float[Tensor, "rows *n i"],
+    A: Float[Tensor, "tasks r i"],
+    B: Float[Tensor, "tasks o r"],
+    tasks: Int[Tensor, "rows"],
 ) -> Float[Tensor, "rows *n o"]:
-    """B_t A_t x, with each row's own factors."""
-    return torch.einsum("b...r,bor->b...o", torch.einsum("b...i,bri->b...r", x, A), B)
+    """B_t A_t x, with the factors of each row's task."""
+    return torch.einsum("b...r,bor->b...o", torch.einsum("b...i,bri->b...r", x, A[tasks]), B[tasks])
 
 
 class LoRAPerTaskAdapter(nn.Module):
@@ -87,8 +93,8 @@ class LoRAPerTaskAdapter(nn.Module):
         """The frozen layer's output plus the scaled update of each row's task."""
         y = base(x)
         tasks = ctx.tasks(x.shape[0])
-        A, B = self.A[tasks].to(x.dtype), self.B[tasks].to(x.dtype)
-        return y + self.scale * update(self.dropout(x), A, B).to(y.dtype)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return y + self.scale * update(self.dropout(x), A, B, tasks).to(y.dtype)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B_t A_t."""

@@ -33,7 +33,7 @@ from moepeft.context import SiteContext
 from moepeft.errors import ConfigError
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import moelora as _fast
-from moepeft.methods._released.moelora import RECIPES, SequenceFirst
+from moepeft.methods._released.moelora import RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import per_row
@@ -98,8 +98,6 @@ class MOELoRA(MethodConfig):
     def build(self, site: LinearSite, shared: nn.Module | None) -> nn.Module:
         """The experts of one site, and its gate if it has its own."""
         assert shared is None or isinstance(shared, TaskGate)
-        if self.layout == "sequence_first":
-            return SequenceFirstAdapter(site, self, shared)
         return MOELoRAAdapter(site, self, shared)
 
     def count(self, sites: Sequence[LinearSite]) -> int:
@@ -192,7 +190,3 @@ class MOELoRAAdapter(nn.Module):
         """A and B diag(w_t)."""
         gates = self.gate(torch.tensor([[task]], device=self.A.device))
         return self.A, self.B * gates.repeat_interleave(self.expert_rank, dim=-1)
-
-
-class SequenceFirstAdapter(SequenceFirst, MOELoRAAdapter):
-    """The layout of the release's model."""

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig, Purpose, Recipe
 from moepeft.context import SiteContext
+from moepeft.fast import has_fast_path
+from moepeft.methods._fast import per_position as _fast
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -102,6 +104,7 @@ class MTLLoRA(MethodConfig):
         return sum(r * (site.in_features + N * site.out_features) + tasks for site in sites)
 
 
+@has_fast_path(_fast.mtl_lora)
 def update(
     x: Float[Tensor, "rows *n i"],
     A: Float[Tensor, "r i"],

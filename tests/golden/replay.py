@@ -301,7 +301,8 @@ def replay_moelora(case: Case) -> Replay:
         parameters |= {f"{own}B": t[f"{prefix}B"].movedim(0, 1).flatten(1)}
     attachment = _attach(host, factory, parameters)
     x = _leaf(case, "x")
-    with attachment.route(task_ids=t["task_id"] - 1):  # the release counts from 1 and pads with 0
+    ids = t["task_id"] - 1  # the release counts from 1 and pads with 0
+    with attachment.route(task_ids=ids.unsqueeze(1) if ids.dim() == 2 else ids):
         y = host(x)
         values = _values(y, x, host, attachment)
     if shared:

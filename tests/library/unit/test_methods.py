@@ -223,9 +223,9 @@ def test_moelora_gate_is_shared_and_rows_may_have_several_tasks() -> None:
         adapter.B.data.normal_()
     inputs = batch(model)
     single = output(model, inputs, task_ids=torch.tensor([0, 1, 2, 0]))
-    padded = output(model, inputs, task_ids=torch.tensor([[0, -1], [1, -1], [2, -1], [0, -1]]))
+    padded = output(model, inputs, task_ids=torch.tensor([[[0, -1]], [[1, -1]], [[2, -1]], [[0, -1]]]))
     assert torch.allclose(single, padded)
-    mixed = output(model, inputs, task_ids=torch.tensor([[0, 1], [1, -1], [2, -1], [0, -1]]))
+    mixed = output(model, inputs, task_ids=torch.tensor([[[0, 1]], [[1, -1]], [[2, -1]], [[0, -1]]]))
     assert not torch.allclose(single[0], mixed[0])
     assert torch.allclose(single[1:], mixed[1:])
 
