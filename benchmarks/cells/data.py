@@ -28,6 +28,10 @@ class TokenisedTask:
     validation: Sequence[Row]
     source: str = ""
 
+    def candidates(self, row: Row) -> int:
+        """Between how many classes or choices a row decides."""
+        return row.choices if self.spec.kind == "multiple_choice" else len(self.spec.labels)
+
 
 def tokenise_task(data: TaskData, family: AnyFamily) -> TokenisedTask:
     """Tokenise the rows that the protocol uses of one task; every method and seed gets the same ones."""

@@ -23,6 +23,20 @@ RowType = TypeVar("RowType", bound=Row)
 BatchType = TypeVar("BatchType", bound=Batch)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to rows of one task.
+
+    Attributes:
+        chosen: class, choice or score of every row, or `UNREADABLE`, of shape (rows,).
+        log_probabilities: of every candidate, of shape (rows, candidates), of one that a row lacks minus infinity or
+            nearly so; None where there are none: of a generated text, and of scores.
+    """
+
+    chosen: Tensor
+    log_probabilities: Tensor | None = None
+
+
 class Model(nn.Module, Generic[BatchType]):
     """A frozen backbone that adapters go onto, and what reads it.
 
@@ -45,8 +59,8 @@ class Model(nn.Module, Generic[BatchType]):
         """The task loss, from what a call on a training batch gave."""
 
     @abstractmethod
-    def predict(self, batch: BatchType) -> Tensor:
-        """Class, choice or score of every row of a scoring batch, or `UNREADABLE`.
+    def predict(self, batch: BatchType) -> Answers:
+        """The answers to a scoring batch.
 
         Raises:
             Diverged: what an answer is chosen by is not finite.

@@ -43,6 +43,11 @@ class Row(ABC):
     def length(self) -> int:
         """Tokens of the longest sequence, and of the answer that is trained on."""
 
+    @property
+    @abstractmethod
+    def choices(self) -> int:
+        """Candidates that the row has of its own; those of a class label are its task's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadRow(Row):
@@ -65,6 +70,11 @@ class HeadRow(Row):
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return max(map(len, self.sequences))
+
+    @property
+    def choices(self) -> int:
+        """One sequence for each."""
+        return len(self.sequences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,11 @@ class TextRow(Row):
     def length(self) -> int:
         """Tokens of the prompt and of its right answer."""
         return len(self.prompt) + len(self.right_answer)
+
+    @property
+    def choices(self) -> int:
+        """One answer for each."""
+        return len(self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)

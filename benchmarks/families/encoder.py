@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.backbones.load import BackboneSource, hidden_size, load_backbone
-from benchmarks.families.base import Family, Model, require_numbers
+from benchmarks.families.base import Answers, Family, Model, require_numbers
 from benchmarks.families.batch import HeadBatch, HeadRow, TaskGroup, Tokens, padded
 from benchmarks.families.prompts import task_title
 from benchmarks.protocols.seeds import torch_stream
@@ -140,19 +140,19 @@ class MultiTaskModel(Model[HeadBatch]):
                 total = total + F.cross_entropy(values, group.labels, reduction="sum")
         return total / batch.rows
 
-    def predict(self, batch: HeadBatch) -> Tensor:
-        """Class, choice or score of every row of a batch of one task."""
+    def predict(self, batch: HeadBatch) -> Answers:
+        """Class, choice or score (in the task's own range) of every row of a batch of one task."""
         (logits,) = self(batch)
         return self.read(logits, batch.groups[0])
 
-    def read(self, logits: Tensor, group: TaskGroup) -> Tensor:
-        """Class, choice or score (in the task's own range) of every row of a group."""
+    def read(self, logits: Tensor, group: TaskGroup) -> Answers:
+        """The answers that the logits of a group give."""
         spec = self.specs[group.task]
         require_numbers(logits, spec)
         if spec.kind != "regression":
-            return logits.argmax(-1)
+            return Answers(logits.argmax(-1), logits.log_softmax(-1))
         low, high = spec.score_range
-        return low + (high - low) * logits.sigmoid()
+        return Answers(low + (high - low) * logits.sigmoid())
 
 
 def head_width(spec: TaskSpec) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families.base import UNREADABLE, Family, Model, require_numbers
+from benchmarks.families.base import UNREADABLE, Answers, Family, Model, require_numbers
 from benchmarks.families.batch import TextBatch, TextRow, Tokens, padded
 from benchmarks.families.prompts import Section, answers_of, gold_of, grid, sections_of, task_title
 from benchmarks.protocols.errors import UsageError
@@ -183,22 +183,23 @@ class TextModel(Model[TextBatch]):
         """Mean cross-entropy of the answers' tokens, over all tokens of the batch, as transformers has it."""
         return -outputs.sum() / (batch.labels != IGNORED).sum()
 
-    def predict(self, batch: TextBatch) -> Tensor:
-        """Class, choice or score of every row.
+    def predict(self, batch: TextBatch) -> Answers:
+        """Class, choice or score of every row, and the share of every candidate in the probability of all of them.
 
         A generated text that is none of the candidates, no number or out of range is `UNREADABLE`.
         """
         spec = self.specs[int(batch.tasks[0])]
         if self.scoring == "generate":
-            return self._generated(batch, spec)
+            return Answers(self._generated(batch, spec))
         found: Tensor = self(batch)
         if self.scoring == "likelihood_per_token":
             found = found / self.answer_lengths(batch)
         require_numbers(found.masked_fill(~batch.valid, 0.0), spec)
-        best = found.masked_fill(~batch.valid, -torch.inf).argmax(-1)
+        found = found.masked_fill(~batch.valid, -torch.inf)
+        best = found.argmax(-1)
         if spec.kind != "regression":
-            return best
-        return torch.tensor(grid(spec), dtype=torch.float64, device=best.device)[best]
+            return Answers(best, found.log_softmax(-1))
+        return Answers(torch.tensor(grid(spec), dtype=torch.float64, device=best.device)[best])
 
     def answer_lengths(self, batch: TextBatch) -> Tensor:
         """Tokens of every candidate: (rows, candidates)."""

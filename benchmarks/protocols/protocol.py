@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,7 +17,9 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -34,11 +36,27 @@ Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
 ProtocolType = TypeVar("ProtocolType", bound="Protocol")
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A validated object that does not change.
+
+    Attributes:
+        unwritten: fields that are not written where they hold their default. A field that joins a finished format is
+            named here, so that the content of what was written before it, and with it every hash, stays what it was.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    unwritten: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        for name in self.unwritten & fields.keys():
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                del fields[name]
+        return fields
 
 
-class TimingPlan(_Frozen):
+class TimingPlan(Frozen):
     """Fixed shapes of the timing pass, so that no method is timed on kinder rows than another."""
 
     warmup: PositiveInt = 3
@@ -47,8 +65,10 @@ class TimingPlan(_Frozen):
     length: PositiveInt = Field(default=32, description="tokens per sequence, none of them padding")
 
 
-class Protocol(_Frozen):
+class Protocol(Frozen):
     """Tasks, backbone, data order, optimiser, precision and measurement of a run; all of it decides the result."""
+
+    unwritten = frozenset({"endpoint", "endpoint_tasks"})
 
     name: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -96,6 +116,14 @@ class Protocol(_Frozen):
     eval_batch_size: PositiveInt = Field(default=64, description="rows per batch of one task, sorted by length")
     precision: Precision = "auto"
 
+    endpoint: Literal["metric", "skill"] = Field(
+        default="metric",
+        description="what methods are compared by, as a mean over tasks: the first metric of every task, or the skill "
+        "1 - NLL / NLL(prior); declared before a run",
+    )
+    endpoint_tasks: tuple[str, ...] = Field(
+        default=(), description="tasks that the endpoint is a mean over; empty: all that are trained"
+    )
     reference: str | None = Field(default=None, description="method that speed and scores are compared with")
     equivalence_band: PositiveFloat = Field(
         default=0.5, description="points of the mean score; a difference that lies within counts as none"
@@ -116,6 +144,13 @@ class Protocol(_Frozen):
             twice = sorted({str(value) for value in values if values.count(value) > 1}) if _is_list(values) else []
             if twice:
                 raise ValueError(f"{field} lists {', '.join(twice)} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _endpoint_over_tasks_that_are_trained(self) -> Self:
+        others = [name for name in self.endpoint_tasks if name not in self.tasks]
+        if others:
+            raise ValueError(f"endpoint_tasks names {', '.join(others)}, which tasks does not list")
         return self
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ VALUE_COLUMNS: Mapping[str, tuple[str, str]] = {
     "step": ("Int64", "the training step; missing where the number is none of a step"),
     "metric": ("str", "what was measured; missing in the one row of a run that measured nothing"),
     "primary": ("bool", "whether the metric counts for the mean over tasks"),
-    "value": ("float64", "the number; missing where the metric is undefined, such as the correlation of a constant"),
+    "value": ("float64", "the number; a metric that is undefined, such as the correlation of a constant, counts as 0"),
     "rows": ("Int64", "test rows behind a score"),
     "note": ("str", "what the metric had to say, or how the number was measured"),
 }
@@ -107,7 +107,9 @@ class Results:
         return frame.astype({column: dtype for column, (dtype, _) in COLUMNS.items()})
 
     def outcomes(self, protocol_id: str | None = None) -> pd.DataFrame:
-        """One row per finished run and test row: what is true there, and what the run predicted.
+        """One row per finished run and test row: what is true there, what the run predicted, and how likely that was.
+
+        The likelihoods, of the run and of the prior, are missing where the run gave none.
 
         Args:
             protocol_id: of one table; None for all reported runs.
@@ -121,7 +123,8 @@ class Results:
             if record.outcomes is not None
         ]
         columns = ["protocol_id", "cell", "label", "seed", "task", "index", "truth", "prediction"]
-        return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+        columns += ["log_likelihood", "prior_log_likelihood"]
+        return pd.concat(parts, ignore_index=True).reindex(columns=columns) if parts else pd.DataFrame(columns=columns)
 
     def _read_outcomes(self, record: RunRecord, key: str, label: str) -> pd.DataFrame:
         assert self.folder is not None
@@ -158,7 +161,12 @@ def _measure(record: RunRecord) -> Iterator[Measured]:
 def _scores(record: RunRecord) -> Iterator[Measured]:
     for task, score in record.scores.items():
         for metric in [score.primary, *(name for name in score.metrics if name != score.primary)]:
-            yield task, None, metric, metric == score.primary, score.metrics.get(metric), score.rows, score.note
+            yield task, None, metric, metric == score.primary, score.counted(metric), score.rows, score.note
+        if score.likelihood is not None:
+            found = score.likelihood
+            yield task, None, "skill", False, found.skill, None, None
+            yield task, None, "nll", False, found.nll, None, None
+            yield task, None, "calibration_error", False, found.calibration_error, None, None
     for task, rows in (record.budget.rows_per_task if record.budget else {}).items():
         yield task, None, "budget.rows", False, rows, None, None
 

@@ -6,16 +6,16 @@ import hashlib
 import json
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from benchmarks.protocols.protocol import NUMERICS_VERSION, Protocol
+from benchmarks.protocols.protocol import NUMERICS_VERSION, Frozen, Protocol
 
 SCHEMA_VERSION: Final = 3
 
 Status = Literal["ok", "diverged", "oom", "timeout", "unsupported", "error", "interrupted"]
 
 
-class _Strict(BaseModel):
+class _Strict(Frozen):
     # A diverged run has NaN in its curve: JSON knows no NaN, and null would not validate when read back.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -90,13 +90,35 @@ class Parameters(_Strict):
         return self.adapter / self.tasks
 
 
+class Likelihood(_Strict):
+    """What the probabilities of a run say on one task, in nats per row (`benchmarks/cells/likelihood.py`)."""
+
+    nll: float = Field(description="mean negative log-likelihood of what is true")
+    prior_nll: float = Field(description="the same of a guess that knows the training labels alone")
+    calibration_error: float | None = Field(
+        description="expected difference of confidence and accuracy over ten bins; None for scores"
+    )
+
+    @property
+    def skill(self) -> float:
+        """1 - NLL / NLL(prior): 1 is certainty, 0 is the prior."""
+        return 1 - self.nll / self.prior_nll
+
+
 class Score(_Strict):
     """The figures of one task. A metric that is undefined (a constant prediction, say) is None with a note."""
+
+    unwritten = frozenset({"likelihood"})
 
     metrics: dict[str, float | None]
     primary: str = Field(description="the metric that is averaged over tasks")
     rows: int
     note: str | None = None
+    likelihood: Likelihood | None = Field(None, description="None of answers without probabilities: generated text")
+
+    def counted(self, metric: str) -> float:
+        """The figure as tables, comparisons and tuning count it: one that is undefined is no skill at all, 0."""
+        return self.metrics[metric] or 0.0
 
 
 class Quantiles(_Strict):

@@ -90,13 +90,9 @@ def read_trials(method: str, records: Mapping[float, RunRecord | None]) -> Trial
 
 
 def mean_primary(record: RunRecord) -> float | None:
-    """Mean over tasks of the first metric.
-
-    An undefined one (the correlation of a constant prediction) counts as 0, no skill at all: left out, it would make
-    the rate look better than one that learnt a little.
-    """
-    values = [score.metrics[score.primary] for score in record.scores.values()]
-    return sum(0.0 if value is None else value for value in values) / len(values) if values else None
+    """Mean over tasks of the first metric, counted as everywhere; None of a record without scores."""
+    values = [score.counted(score.primary) for score in record.scores.values()]
+    return sum(values) / len(values) if values else None
 
 
 def _score(score: float | None) -> float:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.records.comparable import Group
 from benchmarks.records.frame import Results
 from benchmarks.records.store import replacing
-from benchmarks.reporting.comparison import comparison_table
+from benchmarks.reporting.comparison import FIRST_METRIC, Endpoint, comparison_table
 from benchmarks.reporting.figures.plan import plan_figures
 from benchmarks.reporting.figures.style import use_style, write_svg
 from benchmarks.reporting.footnotes import group_caption, records_hash
@@ -21,6 +21,7 @@ from benchmarks.reporting.parameters import parameters_table
 from benchmarks.reporting.ranks import ranks_tables
 from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
 from benchmarks.reporting.scores import scores_table
+from benchmarks.reporting.skill import skill_tables
 from benchmarks.reporting.throughput import throughput_table
 from benchmarks.reporting.tuning import tuning_tables
 from benchmarks.statistics.intervals import EQUIVALENCE_BAND
@@ -84,6 +85,7 @@ def make_tables(
     load_outcomes: Callable[[], pd.DataFrame],
     reference: str | None = None,
     band: float = EQUIVALENCE_BAND,
+    endpoint: Endpoint = FIRST_METRIC,
 ) -> list[Table]:
     """Every table of one protocol.
 
@@ -92,10 +94,11 @@ def make_tables(
         load_outcomes: gives the predictions of its runs; not called where nothing is compared.
         reference: method that scores and step times are compared with.
         band: differences that count as none, as a share.
+        endpoint: what is compared.
     """
-    tables = [scores_table(frame)]
+    tables = [scores_table(frame), *skill_tables(frame, endpoint)]
     if reference is not None:
-        compared = comparison_table(frame, load_outcomes(), reference, band)
+        compared = comparison_table(frame, load_outcomes(), reference, band, endpoint)
         tables += [] if compared is None else [compared]
     costs = [parameters_table(frame), throughput_table(frame, reference)]
     return [*tables, *ranks_tables(frame), *costs, *tuning_tables(frame)]
@@ -142,7 +145,8 @@ def _draw(drawing: Callable[[], Figure], header: str) -> bytes:
 
 def _tables(group: Group, frame: pd.DataFrame, results: Results, reference: str | None) -> list[Table]:
     name, band = reference or group.protocol.reference, group.protocol.equivalence_band / 100
-    return make_tables(frame, lambda: results.outcomes(group.key), name, band)
+    endpoint = Endpoint.of(group.protocol)
+    return make_tables(frame, lambda: results.outcomes(group.key), name, band, endpoint)
 
 
 def _table_files(name: str, same_kind: Sequence[tuple[Group, Table]], header: str) -> dict[str, bytes]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.store import RecordError
 from benchmarks.reporting.render import Table
 from benchmarks.reporting.scores import average_scores
@@ -32,6 +33,33 @@ REFERENCE_AT_EDGE = "reference at the edge of its grid"
 
 
 @dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What methods are compared by: a mean over tasks, declared by the protocol.
+
+    Attributes:
+        metric: ``skill``, or ``metric`` for the first one of every task.
+        tasks: that the mean is over; empty: all.
+    """
+
+    metric: Literal["metric", "skill"]
+    tasks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, protocol: Protocol) -> Endpoint:
+        """The declared one."""
+        return cls(protocol.endpoint, protocol.endpoint_tasks)
+
+    @property
+    def words(self) -> str:
+        """For captions."""
+        what = "skill 1 - NLL / NLL(prior)" if self.metric == "skill" else "first metric"
+        return f"{what} over {', '.join(self.tasks)}" if self.tasks else f"{what} over all tasks"
+
+
+FIRST_METRIC = Endpoint("metric")
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """One method against the reference, over the tasks that both have scores for."""
 
@@ -42,7 +70,11 @@ class Comparison:
 
 
 def comparison_table(
-    frame: pd.DataFrame, outcomes: pd.DataFrame, reference: str, band: float = EQUIVALENCE_BAND
+    frame: pd.DataFrame,
+    outcomes: pd.DataFrame,
+    reference: str,
+    band: float = EQUIVALENCE_BAND,
+    endpoint: Endpoint = FIRST_METRIC,
 ) -> Table | None:
     """Differences, Holm-adjusted p-values and verdicts; None when there is nothing to compare.
 
@@ -51,6 +83,7 @@ def comparison_table(
         outcomes: the predictions of its runs, as `Results.outcomes` gives them.
         reference: a label, or a method that has one label.
         band: differences that count as none, as a share.
+        endpoint: what is compared.
 
     Raises:
         RecordError: outcomes that do not belong to the scores, or that cover other rows than those of another run.
@@ -61,7 +94,7 @@ def comparison_table(
         return None
     trained = _find_trained(frame)
     others = [str(label) for label in runs.index if label != base and label in trained]
-    pairs = _Pairs(frame, outcomes, base)
+    pairs = _Pairs(frame, outcomes, base, endpoint)
     compared = [
         Comparison(label, is_baseline(str(runs.loc[label, "method"])), *pair)
         for label in others
@@ -75,24 +108,27 @@ def comparison_table(
     return Table(
         "comparison",
         f"Compared with {base} ({name_protocol(frame)})",
-        pd.DataFrame([_cells(fact, len(find_tasks(select_reported(frame)))) for fact in facts]),
+        pd.DataFrame([_cells(fact, len(endpoint.tasks or find_tasks(select_reported(frame)))) for fact in facts]),
         pd.DataFrame(facts),
-        _notes(band, left_out, is_single=any(comparison.difference.seeds == 1 for comparison in compared)),
+        _notes(band, endpoint, left_out, is_single=any(comparison.difference.seeds == 1 for comparison in compared)),
     )
 
 
-def compare_all_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame) -> list[tuple[str, str, Difference]]:
+def compare_all_pairs(
+    frame: pd.DataFrame, outcomes: pd.DataFrame, endpoint: Endpoint = FIRST_METRIC
+) -> list[tuple[str, str, Difference]]:
     """The difference of every pair of methods that have runs of a seed in common; baselines are left out.
 
     Args:
         frame: the long frame of one protocol.
         outcomes: the predictions of its runs, as `Results.outcomes` gives them.
+        endpoint: what is compared.
     """
     runs = count_runs(frame)
     labels = [str(label) for label in runs.index if not is_baseline(str(runs.loc[label, "method"]))]
     found = []
     for number, base in enumerate(labels):
-        pairs = _Pairs(frame, outcomes, base)
+        pairs = _Pairs(frame, outcomes, base, endpoint)
         for label in labels[number + 1 :]:
             compared = pairs.compare(label)
             if compared is not None:
@@ -103,12 +139,17 @@ def compare_all_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame) -> list[tuple
 class _Pairs:
     """Finds the predictions of runs of the same seed."""
 
-    def __init__(self, frame: pd.DataFrame, outcomes: pd.DataFrame, base: str) -> None:
+    def __init__(self, frame: pd.DataFrame, outcomes: pd.DataFrame, base: str, endpoint: Endpoint) -> None:
         self.base = base
-        self.averaged = {row.label: row.averaged for row in average_scores(frame)}
+        self.averaged = {
+            row.label: [task for task in row.averaged if task in endpoint.tasks or not endpoint.tasks]
+            for row in average_scores(frame)
+        }
         finished = select_finished(frame)
         self.runs = finished.drop_duplicates("cell")
-        primary = finished[finished["primary"]]
+        of_skill = endpoint.metric == "skill"
+        self.compared = ("prior_log_likelihood", "log_likelihood") if of_skill else ("truth", "prediction")
+        primary = finished[finished["metric"] == "skill"] if of_skill else finished[finished["primary"]]
         keys = zip(primary["cell"], primary["task"], strict=True)
         self.scores = dict(zip(keys, zip(primary["metric"], primary["value"], strict=True), strict=True))
         self.outcomes = {
@@ -139,15 +180,16 @@ class _Pairs:
                     f"the outcomes of {_name_run(other)} cover other examples of {task} than those of "
                     f"{_name_run(rows[0])}. Run both again with --rerun all."
                 )
-        predictions = np.array([each["prediction"].to_numpy(float) for each in rows])
+        truth, prediction = self.compared
+        predictions = np.array([each[prediction].to_numpy(float) for each in rows])
         metric = self.scores[own[0], task][0]
-        return PairedTask(metric, keys["truth"].to_numpy(float), predictions[: len(own)], predictions[len(own) :])
+        return PairedTask(metric, rows[0][truth].to_numpy(float), predictions[: len(own)], predictions[len(own) :])
 
     def _read(self, cell: str, task: str) -> pd.DataFrame:
         """The predictions of a run on a task, which must give the recorded score."""
         rows = self.outcomes[cell, task]
         metric, recorded = self.scores[cell, task]
-        truth, predictions = rows["truth"].to_numpy(float), rows["prediction"].to_numpy(float)
+        truth, predictions = (rows[column].to_numpy(float) for column in self.compared)
         recomputed = metric_value(metric, truth, predictions)
         if not abs(recomputed - recorded) <= 1e-6:
             raise RecordError(
@@ -210,11 +252,11 @@ def _cells(fact: dict[str, Any], tasks: int) -> dict[str, str]:
     }
 
 
-def _notes(band: float, left_out: Sequence[str], *, is_single: bool) -> tuple[str, ...]:
+def _notes(band: float, endpoint: Endpoint, left_out: Sequence[str], *, is_single: bool) -> tuple[str, ...]:
     method = (
-        "Difference of the mean over tasks, in points, with its 95 % interval: paired by seed and by test example, "
-        "runs by Student t, examples resampled within tasks (docs/tables.md); p-values adjusted by Holm over the "
-        "methods of this table, baselines apart."
+        f"Difference of the mean {endpoint.words}, in points, with its 95 % interval: paired by seed and by test "
+        "example, runs by Student t, examples resampled within tasks (docs/tables.md); p-values adjusted by Holm over "
+        "the methods of this table, baselines apart."
     )
     meaning = (
         f"Equivalent: the whole interval lies within ± {100 * band:g}. Better or worse: adjusted p below 0.05. "

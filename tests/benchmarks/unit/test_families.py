@@ -200,7 +200,7 @@ def test_likelihood_equals_a_loop_over_candidates_with_the_bare_model(family):
     for spec, rows in zip(SPECS, bed.rows, strict=True):
         batch = bed.family.scoring_batch(rows)
         with torch.no_grad():
-            found, predicted = bed.model(batch), bed.model.predict(batch)
+            found, predicted = bed.model(batch), bed.model.predict(batch).chosen
         for values, valid, answer, example in zip(found, batch.valid, predicted, EXAMPLES[spec.name], strict=True):
             expected = naive(bed, spec, example)
             assert valid.tolist() == [True] * len(expected) + [False] * (len(valid) - len(expected))
@@ -221,7 +221,7 @@ def test_per_token_divides_by_the_length_of_the_candidate(family):
         means = [value / len(ids) for value, ids in zip(naive(bed, ARC, example), row.answers, strict=True)]
         with torch.no_grad():
             alone = bed.family.scoring_batch([(2, row)])
-            assert int(bed.model.predict(alone)) == max(range(len(means)), key=means.__getitem__)
+            assert int(bed.model.predict(alone).chosen) == max(range(len(means)), key=means.__getitem__)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -312,7 +312,10 @@ def test_what_cannot_be_read_is_wrong_and_said_so(monkeypatch):
     answers = iter([SimpleNamespace(sequences=tokens, logits=logits) for tokens in 2 * said])
     monkeypatch.setattr(bed.model.backbone, "generate", lambda **_: next(answers))
     batches = [bed.family.scoring_batch(rows) for rows in bed.rows[:2]]
-    assert [bed.model.predict(batch).tolist() for batch in batches] == [[UNREADABLE, 1], [UNREADABLE, UNREADABLE]]
+    assert [bed.model.predict(batch).chosen.tolist() for batch in batches] == [
+        [UNREADABLE, 1],
+        [UNREADABLE, UNREADABLE],
+    ]
     tasks = [one_task(spec, rows) for spec, rows in zip(SPECS[:2], bed.rows[:2], strict=True)]
     result = evaluate_model(bed.model, tasks, bed.family, batch_size=2, autocast=False)
     # Sorted by length or not, the first answer is unreadable; 2.1 is the mean of the training scores 4.2 and 0.

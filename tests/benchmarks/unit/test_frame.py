@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -45,10 +44,7 @@ def test_a_pivot_gives_the_scores_of_the_records(committed):
     scores = frame[frame["primary"] & ~frame["trial"]].pivot(index="cell", columns="task", values="value")
     for record in results.records:
         for task, score in record.scores.items():
-            expected = score.metrics[score.primary]
-            assert scores.loc[record.cell.id, task] == pytest.approx(
-                math.nan if expected is None else expected, nan_ok=True
-            )
+            assert scores.loc[record.cell.id, task] == (score.metrics[score.primary] or 0.0)
 
 
 def test_outcomes_hold_every_predicted_row(committed):
@@ -91,11 +87,11 @@ def test_every_number_of_a_record_stands_in_one_row():
     )
 
 
-def test_undefined_is_missing_and_a_failed_run_keeps_its_row():
+def test_undefined_is_no_skill_and_a_failed_run_keeps_its_row():
     failed = make_record("bravo", status="oom", reason="no")[0].model_copy(update={"parameters": None})
     frame = frame_of(with_scores(make_record()[0], rte=None), failed)
     rte = frame[(frame["task"] == "rte") & frame["primary"]]
-    assert rte["value"].isna().all()
+    assert list(rte["value"]) == [0.0]
     (row,) = frame[frame["label"] == "bravo"].to_dict("records")
     assert row["status"] == "oom"
     assert pd.isna(row["metric"])

@@ -56,20 +56,26 @@ def test_baselines_open_the_table_and_methods_follow_by_mean():
     assert table["method"].iloc[-1] == "zulu"
 
 
-def test_undefined_score_is_said_and_the_mean_says_over_how_many_tasks():
-    full = with_scores(make_record("alpha")[0], rte=0.8)
-    gap = with_scores(make_record("bravo", skill=0.99)[0], rte=None)
-    table = scores_table(frame_of(full, gap)).text
-    assert row_of(table, "bravo")["rte (accuracy)"] == "n/a"
+def test_undefined_score_is_no_skill_in_its_column_and_in_the_mean():
+    gap = with_scores(make_record(skill=0.99)[0], rte=None)
+    row = row_of(scores_table(frame_of(gap)).text, "alpha")
+    assert row["rte (accuracy)"] == "0.0"
     others = [score.metrics[score.primary] for task, score in gap.scores.items() if task != "rte"]
-    assert row_of(table, "bravo")["mean"] == f"{100 * np.mean(others):.1f} (4 of 5 tasks)"
+    assert row["mean"] == f"{100 * np.mean([0.0, *others]):.1f}"
+
+
+def test_score_undefined_in_one_seed_counts_beside_the_others():
+    records = [with_scores(make_record(seed=seed)[0], rte=value) for seed, value in enumerate((0.7, None, 0.8))]
+    assert row_of(scores_table(frame_of(*records)).text, "alpha")["rte (accuracy)"].startswith("50.0 ")
+
+
+def test_a_task_without_a_score_leaves_the_mean_of_the_others():
+    whole, part = make_record("alpha")[0], make_record("bravo", skill=0.99)[0]
+    part = part.model_copy(update={"scores": {task: s for task, s in part.scores.items() if task != "rte"}})
+    table = scores_table(frame_of(whole, part)).text
+    assert row_of(table, "bravo")["mean"].endswith("(4 of 5 tasks)")
     # A mean over fewer tasks is no better mean.
     assert list(table["method"]) == ["alpha", "bravo"]
-
-
-def test_score_undefined_in_one_seed_is_not_averaged_over_the_others():
-    records = [with_scores(make_record(seed=seed)[0], rte=value) for seed, value in enumerate((0.7, None, 0.8))]
-    assert row_of(scores_table(frame_of(*records)).text, "alpha")["rte (accuracy)"] == "n/a"
 
 
 def test_a_task_that_one_run_was_not_scored_on_is_not_averaged_over_the_others():
