@@ -14,7 +14,7 @@ from . import building, merging, saving, trained
 from .counting import ParameterCount, count_parameters
 from .errors import AuxLossDetached, Unsupported
 from .given import checked_ids, checked_masks
-from .hooks import remove
+from .hooks import leave
 from .protocols import AdapterFactory
 from .runtime import Runtime
 from .sites import LinearSite, by_reason
@@ -188,19 +188,39 @@ class Attachment:
 
     # ------------------------------------------------------------------ merging, saving, leaving
 
-    def merge(self, *, task: int | None = None) -> None:
+    def merge(self, *, task: int | None = None, keep: bool = True) -> None:
         """Fold the update into the base weights; the adapters rest until `unmerge`.
 
         Args:
             task: which task's update; needed by methods that route by task, refused by those that do not.
+            keep: False saves the second copy of the adapted weights: `unmerge` and `disabled` are refused then.
 
         Raises:
             NotMergeable: the update depends on the input, a weight is quantised, or the result is not finite.
         """
-        merging.merge(self.state, task)
+        merging.merge(self.state, task, keep=keep)
+
+    def merge_and_detach(self, *, task: int | None = None) -> nn.Module:
+        """The model itself with the update in its weights: its own modules and keys, and nothing of this library.
+
+        ``save_pretrained`` then writes a checkpoint that transformers reads alone. What trained beside the adapters
+        keeps its values.
+
+        Args:
+            task: as `merge` takes it; adapters that are merged already leave as they are.
+
+        Raises:
+            NotMergeable: as `merge` raises it; nothing was changed.
+        """
+        merging.merge_and_detach(self.state, task)
+        return self.model
 
     def unmerge(self) -> None:
-        """Put the base weights back, bit for bit, and the adapters to work."""
+        """Put the base weights back, bit for bit, and the adapters to work.
+
+        Raises:
+            NotMergeable: nothing is merged, or ``merge(keep=False)`` kept no weights.
+        """
         merging.unmerge(self.state)
 
     @property
@@ -232,11 +252,7 @@ class Attachment:
         """Take the adapters off; the model is exactly what it was before `attach`."""
         if self.merged:
             self.unmerge()
-        trained_before = self.state.trained_before
-        remove(self.state)
-        for name, parameter in self.model.named_parameters():
-            if name in trained_before:  # else it came after attach(), as a new head's
-                parameter.requires_grad_(trained_before[name])
+        leave(self.state)
         return self.model
 
 

@@ -69,6 +69,14 @@ def remove(state: State) -> None:
         state.model.get_submodule(name).chunk_size_feed_forward = size  # type: ignore[assignment]
 
 
+def leave(state: State) -> None:
+    """Undo `install`, and let train what trained in the bare model. What came after attach() stays, as a new head."""
+    remove(state)
+    for name, parameter in state.model.named_parameters():
+        if name in state.trained_before:
+            parameter.requires_grad_(state.trained_before[name])
+
+
 def _compute_rows_whole(state: State) -> None:
     """Let no feed-forward network be computed in chunks of positions, which belong to no row as a whole.
 

@@ -1,4 +1,4 @@
-"""Fold updates into base weights, keeping a copy, and put the weights back bit for bit.
+"""Fold updates into base weights, keeping a copy or not, and put the weights back bit for bit.
 
 Whose a weight is: an update may go into a weight that belongs to the layer alone and is a plain parameter. A weight
 that another layer reads as well (tied embeddings) would change that layer too. A weight that is computed at every call
@@ -15,23 +15,48 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingRouting, NotMergeable
-from .hooks import bind, position_readers, unbind
+from .hooks import bind, leave, position_readers, unbind
 from .protocols import Mergeable
+from .shards import is_sharded
 from .sites import LinearSite
 from .state import State
 
 
 @torch.no_grad()
-def merge(state: State, task: int | None) -> None:
-    """Add every site's update to its weight and keep the weights as they were; on an error nothing has changed."""
+def merge(state: State, task: int | None, *, keep: bool) -> None:
+    """Add every site's update to its weight; on an error nothing has changed.
+
+    Args:
+        state: of the attachment.
+        task: which task's update.
+        keep: whether the weights as they were are kept. One merged weight is made at a time.
+    """
     check(state, task)
     check_weights(state)
-    merged = {site.name: _merged_weight(state, site, task) for site in state.sites}
-    kept = {site.name: _weight(state.layer(site), site).detach().clone() for site in state.sites}
+    kept: dict[str, Tensor] = {}
+    for site in () if keep else state.sites:
+        _merged_weight(state, site, task)  # whatever it raises, it raises before a weight has changed
+    try:
+        for site in state.sites:
+            weight, merged = _weight(state.layer(site), site), _merged_weight(state, site, task)
+            if keep:
+                kept[site.name] = weight.detach().clone()
+            weight.copy_(merged)
+    except BaseException:
+        _copy_into({site.name: _weight(state.layer(site), site) for site in state.sites if site.name in kept}, kept)
+        raise
     for site in state.sites:
-        _weight(state.layer(site), site).copy_(merged[site.name])
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
     state.kept, state.merged_task = kept, task
+
+
+def merge_and_detach(state: State, task: int | None) -> None:
+    """Leave the merged weights in the bare model's own modules, and nothing of ours."""
+    if not state.merged:
+        merge(state, task, keep=False)
+    elif task not in (None, state.merged_task):
+        raise NotMergeable(f"task {state.merged_task} is merged, got task={task}: call unmerge() first")
+    leave(state)
 
 
 @torch.no_grad()
@@ -39,6 +64,7 @@ def unmerge(state: State) -> None:
     """Undo `merge`."""
     if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
+    _check_kept(state.kept)
     for site in state.sites:
         module = state.layer(site)
         _weight(module, site).copy_(state.kept[site.name])
@@ -53,6 +79,7 @@ def bare_weights(state: State) -> Iterator[None]:
     if kept is None:
         yield
         return
+    _check_kept(kept)
     weights = {site.name: _weight(state.layer(site), site) for site in state.sites}
     merged = {name: weight.detach().clone() for name, weight in weights.items()}
     _copy_into(weights, kept)
@@ -60,6 +87,14 @@ def bare_weights(state: State) -> Iterator[None]:
         yield
     finally:
         _copy_into(weights, merged)
+
+
+def _check_kept(kept: dict[str, Tensor]) -> None:
+    if not kept:
+        raise NotMergeable(
+            "the adapters were merged with keep=False, so the weights of before are gone: load the base model anew, or "
+            "leave with merge_and_detach()"
+        )
 
 
 @torch.no_grad()
@@ -84,6 +119,11 @@ def check_weights(state: State) -> None:
     for site in layers.values():
         module = state.layer(site)
         weight = _weight(module, site)
+        if is_sharded(weight):
+            raise NotMergeable(
+                f"the weight of {site.name!r} is sharded over processes: save(), then load() onto a whole base and "
+                "merge there"
+            )
         if "weight" not in module._parameters:
             raise NotMergeable(
                 f"the weight of {site.name!r} is computed at every call (a parametrization, weight_norm, "
@@ -158,7 +198,8 @@ def _weight(module: nn.Module, site: LinearSite) -> Tensor:
     if not weight.is_floating_point() or tuple(weight.shape) != expected:
         raise NotMergeable(
             f"the weight of {site.name!r} is {weight.dtype} of shape {tuple(weight.shape)}, not a floating-point "
-            f"matrix of shape {expected}: quantised layers cannot take an update. Load the base unquantised to merge"
+            f"matrix of shape {expected}: quantised layers cannot take an update. Load the base unquantised (or call "
+            "its dequantize()), load() the saved adapters onto it, and merge there"
         )
     return weight
 

@@ -58,7 +58,7 @@ class State:
         shared: the module that all sites own together, if the method has one.
         runtime: what the forward under way knows.
         trained_before: name of a parameter of the bare model -> whether it trained.
-        kept: site name -> the weight before `merge`; None unless merged.
+        kept: site name -> the weight before `merge`; None unless merged, empty after ``merge(keep=False)``.
         merged_task: the task whose update is merged.
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
