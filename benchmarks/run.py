@@ -9,7 +9,7 @@ import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.backbones.load import BackboneSource
+    from benchmarks.cells.cell import Bench
     from benchmarks.plan.part import Part, Rerun
     from benchmarks.plan.study import Study
     from benchmarks.records.store import Store
@@ -115,6 +116,7 @@ class _Run:
         store: of the reported cells.
         console: for messages.
         command: as it was typed.
+        benches: what cells share, by what they are scored on; made when first needed.
     """
 
     options: Options
@@ -124,6 +126,7 @@ class _Run:
     store: Store
     console: Console
     command: str
+    benches: dict[str, Bench] = field(default_factory=dict)
 
     def execute(self) -> int:
         """Trials first, if rates are tuned, then the reported cells, then the tables."""
@@ -165,10 +168,12 @@ class _Run:
         from benchmarks.cells.cell import prepare
         from benchmarks.cells.pool import run_cells
 
-        # These cells differ in learning rates, not in rows.
+        # Cells that are scored on the same differ in learning rates and steps, not in rows.
         protocol = part.due[0].cell.protocol
-        bench = prepare(self.study.data, protocol, self.source, self.device, self.command)
-        return run_cells(part.due, bench, part.store, self.console, self.options.jobs)
+        scored_on = protocol.evaluate_on
+        if scored_on not in self.benches:
+            self.benches[scored_on] = prepare(self.study.data, protocol, self.source, self.device, self.command)
+        return run_cells(part.due, self.benches[scored_on], part.store, self.console, self.options.jobs)
 
     def _conclude(self, part: Part, *, complete: bool) -> int:
         """Print the tables, verify the budgets, choose the exit code."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,14 @@ from benchmarks.backbones.adapters import Adapters
 from benchmarks.backbones.load import BackboneSource, describe, load_tokenizer
 from benchmarks.cells.data import TokenisedTask, tokenise_task
 from benchmarks.cells.evaluate import Evaluation, evaluate_majority, evaluate_model
+from benchmarks.cells.examination import Examiner
+from benchmarks.cells.heads import Head, fit_heads, start_from
 from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.routing import collect
 from benchmarks.cells.timing_pass import Measurement, measure
 from benchmarks.cells.train import TrainingLog, make_trainer, train, training_batches
 from benchmarks.families import AnyFamily, AnyModel, family_of
+from benchmarks.families.encoder import MultiTaskModel
 from benchmarks.plan.cells import PlannedCell
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import torch_stream
@@ -42,6 +46,7 @@ class Bench:
         device: where to run.
         command: as it was typed.
         timed: whether cells end with a timing pass; not if others run beside them.
+        heads: fitted ones that all cells start from; None for random ones.
     """
 
     tasks: tuple[TokenisedTask, ...]
@@ -50,6 +55,7 @@ class Bench:
     device: torch.device
     command: str
     timed: bool = True
+    heads: Mapping[str, Head] | None = None
 
     @property
     def sources(self) -> dict[str, str]:
@@ -67,7 +73,9 @@ def prepare(
     code_state()  # now: the state of the code that runs, and before tokenisers have started threads
     tokenizer = load_tokenizer(source)
     family = family_of(protocol, tokenizer, [task.spec for task in data])
-    return Bench(tuple(tokenise_task(task, family) for task in data), tokenizer, source, device, command)
+    tasks = tuple(tokenise_task(task, family) for task in data)
+    heads = fit_heads(tasks, family, source, device) if protocol.head_start == "ridge" else None
+    return Bench(tasks, tokenizer, source, device, command, heads=heads)
 
 
 # ---------------------------------------------------------------------- running
@@ -134,6 +142,7 @@ def run_cell(
         timing=found.timing(),
         memory=None if measurement is None else measurement.memory,
         curve=found.log.curve,
+        checkpoints=found.log.checkpoints,
         backbone=found.backbone,
         sources=bench.sources,
         routing=found.routing,
@@ -153,24 +162,26 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
     family = family_of(protocol, bench.tokenizer, [task.spec for task in bench.tasks])
     start = time.perf_counter()
     model = _set_up(planned, bench, family, found)
-    trainer = make_trainer(model, model.attachment, protocol) if planned.method.trains else None
+    trainer = make_trainer(model, model.attachment, protocol) if planned.method.trains_under(protocol) else None
     found.setup_seconds = time.perf_counter() - start
 
     if trainer is not None:
         seed = planned.cell.seed
         found.ledger = Ledger([task.spec.name for task in bench.tasks])
         batches = training_batches(bench.tasks, family, seed, found.ledger, bench.device)
-        train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step)
+        examine = Examiner(trainer, bench.tasks, family)
+        train(trainer, batches, protocol=protocol, seed=seed, log=found.log, on_step=on_step, examine=examine)
         found.ledger.optimiser = trainer.account()
 
     start = time.perf_counter()
     autocast = protocol.precision == "bf16"
-    found.evaluation = evaluate_model(
-        model, bench.tasks, family, batch_size=protocol.eval_batch_size, autocast=autocast
-    )
-    found.evaluate_seconds = time.perf_counter() - start
-    if protocol.evaluate_on == "reported":
-        found.routing = collect(model, bench.tasks, family, autocast=autocast)
+    with nullcontext() if trainer is None else trainer.scored_weights():
+        found.evaluation = evaluate_model(
+            model, bench.tasks, family, batch_size=protocol.eval_batch_size, autocast=autocast
+        )
+        found.evaluate_seconds = time.perf_counter() - start
+        if protocol.evaluate_on == "reported":
+            found.routing = collect(model, bench.tasks, family, autocast=autocast)
     if not bench.timed or planned.cell.trial or trainer is None:
         return
     found.measurement = measure(trainer, family, protocol.timing)
@@ -179,6 +190,8 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable
 def _set_up(planned: PlannedCell, bench: Bench, family: AnyFamily, found: _Findings) -> AnyModel:
     protocol, seed = planned.cell.protocol, planned.cell.seed
     model = family.load(bench.source, seed)
+    if bench.heads is not None and isinstance(model, MultiTaskModel):
+        start_from(model, bench.heads)
     found.backbone = describe(bench.source, model.backbone)
     with torch_stream(protocol.name, seed, "adapters"):
         model.attachment = planned.method.attach(model.backbone)

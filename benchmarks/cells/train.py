@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.backbones.adapters import Adapters
+from benchmarks.cells.averaging import WeightAverage
 from benchmarks.cells.curve import CurveReader
 from benchmarks.cells.data import TokenisedTask
 from benchmarks.cells.ledger import Ledger
@@ -22,7 +24,7 @@ from benchmarks.families.batch import Batch, Row
 from benchmarks.instruments.processor import synchronise
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream
-from benchmarks.records.schema import CurvePoint
+from benchmarks.records.schema import Checkpoint, CurvePoint
 
 Item = TypeVar("Item")
 
@@ -32,6 +34,7 @@ class TrainingLog:
     """What a run leaves behind; filled while it goes on, so that a failed run keeps what there was."""
 
     curve: list[CurvePoint] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -47,6 +50,7 @@ class Trainer:
         schedule: of the learning rates.
         clip_norm: bound of the gradient norm.
         autocast: whether the forward runs in bfloat16.
+        average: of the weights, where it is scored in place of the last ones.
     """
 
     model: AnyModel
@@ -56,6 +60,7 @@ class Trainer:
     schedule: torch.optim.lr_scheduler.LRScheduler
     clip_norm: float
     autocast: bool
+    average: WeightAverage | None = None
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; losses by name and the gradient norm before clipping, left on the device."""
@@ -70,9 +75,15 @@ class Trainer:
         self.optimiser.step()
         if self.attachment is not None:
             self.attachment.after_step()
+        if self.average is not None:
+            self.average.update()
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {name: loss.detach() for name, loss in losses.items()}, norm
+
+    def scored_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are scored."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def account(self) -> str:
         """What the optimiser did, as it says itself: equal for all methods of a comparison, whatever their rates."""
@@ -102,13 +113,22 @@ def make_trainer(model: AnyModel, attachment: Adapters | None, protocol: Protoco
     on_cuda = next(model.parameters()).device.type == "cuda"
     optimiser = torch.optim.AdamW(groups, fused=True if on_cuda else None)
     schedule = get_scheduler(
-        "linear",
+        {"linear": "linear", "constant": "constant_with_warmup"}[protocol.schedule],
         optimiser,
         num_warmup_steps=protocol.warmup_steps,
         num_training_steps=protocol.steps,
     )
     parameters = [parameter for group in groups for parameter in group["params"]]
-    return Trainer(model, attachment, parameters, optimiser, schedule, protocol.clip_norm, protocol.precision == "bf16")
+    return Trainer(
+        model,
+        attachment,
+        parameters,
+        optimiser,
+        schedule,
+        protocol.clip_norm,
+        protocol.precision == "bf16",
+        None if protocol.averaging is None else WeightAverage(parameters, protocol.averaging),
+    )
 
 
 def _decay_groups(parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict[str, Any]]:
@@ -166,8 +186,18 @@ def train(
     seed: int,
     log: TrainingLog,
     on_step: Callable[[int], None],
+    examine: Callable[[int, float], Checkpoint],
 ) -> None:
     """Train to the end of `batches`, noting the curve in `log`.
+
+    Args:
+        trainer: with model and optimiser.
+        batches: of the run.
+        protocol: of the cell.
+        seed: of the cell.
+        log: gets the curve, the checkpoints and the seconds.
+        on_step: called after every step.
+        examine: scores the model after this step and so many seconds of training; its own seconds count for nothing.
 
     Raises:
         Diverged: a loss or the gradient norm became infinite or NaN.
@@ -187,7 +217,13 @@ def train(
             if step == 1 or step % protocol.log_every == 0 or step == protocol.steps:
                 reader.note(step, rate, tuple(losses), values)
             on_step(step)
+            if step in protocol.examinations:
+                synchronise(device)
+                log.seconds += time.perf_counter() - start
+                log.checkpoints.append(examine(step, log.seconds))
+                trainer.model.train()
+                start = time.perf_counter()
         reader.finish()
     finally:
         synchronise(device)
-        log.seconds = time.perf_counter() - start
+        log.seconds += time.perf_counter() - start

@@ -110,11 +110,16 @@ class MultiTaskModel(Model[HeadBatch]):
 
     def forward(self, batch: HeadBatch) -> list[Tensor]:
         """Logits of every group of the batch, in the order of `batch.groups`."""
+        pooled = self.pool(batch)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return [self._logits(pooled, group) for group in batch.groups]
+
+    def pool(self, batch: HeadBatch) -> Tensor:
+        """What the heads read of every sequence: (sequences, width)."""
         hidden = self.backbone(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
         # Pooling and heads in single precision: they are cheap, and scores are compared at their last digits.
         with torch.autocast(hidden.device.type, enabled=False):
-            pooled = mean_pool(hidden.float(), batch.inputs["attention_mask"])
-            return [self._logits(pooled, group) for group in batch.groups]
+            return mean_pool(hidden.float(), batch.inputs["attention_mask"])
 
     def _logits(self, pooled: Tensor, group: TaskGroup) -> Tensor:
         spec = self.specs[group.task]

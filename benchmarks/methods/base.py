@@ -35,6 +35,10 @@ class Method(ABC):
         """The resolved configuration, as JSON holds it."""
         return {}
 
+    def trains_under(self, protocol: Protocol) -> bool:
+        """Whether weights train under this protocol."""
+        return self.trains
+
     def at_rate(self, protocol: Protocol, rate: float) -> Protocol:
         """The protocol in which what this method trains has the learning rate."""
         return protocol.with_overrides(learning_rate=rate)

@@ -25,9 +25,13 @@ class Majority(Method):
 
 @dataclass(frozen=True)
 class HeadsOnly(Method):
-    """The task heads on the frozen backbone."""
+    """The task heads on the frozen backbone. Where heads start from a converged fit, they are that fit."""
 
     name = Baseline.HEAD
+
+    def trains_under(self, protocol: Protocol) -> bool:
+        """Not after a fit: a closed problem that is solved."""
+        return protocol.head_start == "random"
 
     def at_rate(self, protocol: Protocol, rate: float) -> Protocol:
         """The heads have the rate, as nothing else trains."""

@@ -23,7 +23,7 @@ def trial_cells(suite: Suite, methods: Collection[Method], data: Sequence[TaskDa
     return [
         planned
         for method in methods
-        if method.trains
+        if method.trains_under(trial)
         for rate in sorted(suite.tuning_rates)
         for planned in expand(method.at_rate(trial, rate), (method,), data, (suite.tuning_seed,), trial=True)
     ]

@@ -68,7 +68,19 @@ class TimingPlan(Frozen):
 class Protocol(Frozen):
     """Tasks, backbone, data order, optimiser, precision and measurement of a run; all of it decides the result."""
 
-    unwritten = frozenset({"endpoint", "endpoint_tasks"})
+    unwritten = frozenset(
+        {
+            "averaging",
+            "checkpoint_rows",
+            "checkpoints",
+            "endpoint",
+            "endpoint_tasks",
+            "head_start",
+            "head_start_rows",
+            "schedule",
+            "warmup",
+        }
+    )
 
     name: str = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -94,8 +106,27 @@ class Protocol(Frozen):
     head_learning_rate: PositiveFloat | None = Field(default=None, description="None: the same as `learning_rate`")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="not applied to vectors and scalars")
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.06, description="share of the steps over which the rate rises; it then falls linearly to zero"
+        default=0.06, description="share of the steps over which the rate rises"
     )
+    warmup: PositiveInt | None = Field(
+        default=None, description="the same in steps, however many steps there are; None: by `warmup_ratio`"
+    )
+    schedule: Literal["linear", "constant"] = Field(
+        default="linear", description="of the rate after warm-up: linearly to zero, or constant"
+    )
+    averaging: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="decay of the average of weights that is scored; None: the last weights are scored"
+    )
+    checkpoints: tuple[PositiveInt, ...] = Field(
+        default=(), description="steps at which a run is scored on the way; those beyond its end do not count"
+    )
+    checkpoint_rows: PositiveInt | None = Field(
+        default=None, description="rows per task of these scores, the same each time; None: all that are scored"
+    )
+    head_start: Literal["random", "ridge"] = Field(
+        default="random", description="of the heads: random, or a converged fit on the frozen model's features"
+    )
+    head_start_rows: PositiveInt = Field(default=2_000, description="training rows per task of that fit")
     clip_norm: PositiveFloat = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=0.0, description="every dropout rate of the backbone; None: as its configuration has them"
@@ -154,6 +185,14 @@ class Protocol(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _curve_whose_points_are_ends(self) -> Self:
+        if self.checkpoints and self.schedule != "constant":
+            raise ValueError("checkpoints are ends of a run, which they are under schedule = constant alone")
+        if self.head_start != "random" and self.family != "encoder":
+            raise ValueError(f"head_start = {self.head_start} is for family = encoder: answers as text have no heads")
+        return self
+
+    @model_validator(mode="after")
     def _prefix_that_changes_something(self) -> Self:
         if self.task_prefix and self.family == "seq2seq":
             raise ValueError("task_prefix changes nothing with family = seq2seq, whose prompts name their task already")
@@ -170,7 +209,14 @@ class Protocol(Frozen):
     @property
     def warmup_steps(self) -> int:
         """Steps over which the learning rate rises."""
-        return round(self.warmup_ratio * self.steps)
+        return round(self.warmup_ratio * self.steps) if self.warmup is None else self.warmup
+
+    @property
+    def examinations(self) -> tuple[int, ...]:
+        """Steps after which a run is scored for its curve: the checkpoints and the end; none without checkpoints."""
+        if not self.checkpoints:
+            return ()
+        return (*sorted(step for step in self.checkpoints if step < self.steps), self.steps)
 
     def with_overrides(self, **overrides: Any) -> Self:
         """A copy with the given fields replaced and validated; fields that are None stay as they are."""

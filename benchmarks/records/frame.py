@@ -185,6 +185,11 @@ def _curve(record: RunRecord) -> Iterator[Measured]:
             yield None, point.step, f"loss.{name}", False, loss, None, None
         yield None, point.step, "learning_rate", False, point.learning_rate, None, None
         yield None, point.step, "gradient_norm", False, point.gradient_norm, None, None
+    for check in record.checkpoints:
+        yield None, check.step, "checkpoint.seconds", False, check.seconds, None, None
+        for task in check.metrics:
+            yield task, check.step, "checkpoint.metric", False, check.metrics[task], None, None
+            yield task, check.step, "checkpoint.skill", False, check.skills.get(task), None, None
 
 
 def _flatten(part: BaseModel, prefix: str) -> Iterator[tuple[str, float]]:

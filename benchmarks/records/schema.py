@@ -168,6 +168,16 @@ class CurvePoint(_Strict):
     gradient_norm: float
 
 
+class Checkpoint(_Strict):
+    """Scores of a run on its way, each a valid end of it."""
+
+    step: int
+    seconds: float = Field(description="of training until then, without any scoring")
+    rows: dict[str, int] = Field(description="rows scored, by task; the same at every checkpoint")
+    metrics: dict[str, float] = Field(description="first metric by task, 0 where it is undefined")
+    skills: dict[str, float] = Field(description="1 - NLL / NLL(prior) by task; empty without probabilities")
+
+
 class SiteRouting(_Strict):
     """Which experts one adapted layer used for which task: lists by task, in the order of `Routing.tasks`."""
 
@@ -223,6 +233,8 @@ class Provenance(_Strict):
 class RunRecord(_Strict):
     """Everything known of one cell. `status` other than ``ok`` keeps what there was and says why in `reason`."""
 
+    unwritten = frozenset({"checkpoints"})
+
     schema_version: Literal[3] = SCHEMA_VERSION
     cell: Cell
     status: Status
@@ -234,6 +246,7 @@ class RunRecord(_Strict):
     timing: Timing | None = None
     memory: Memory | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
+    checkpoints: list[Checkpoint] = Field(default_factory=list)
     backbone: str | None = Field(None, description="one line: model, parameters, revision, what it was trained on")
     sources: dict[str, str] = Field(default_factory=dict, description="task name -> where its rows come from")
     routing: Routing | None = Field(None, description="None for what has no experts")

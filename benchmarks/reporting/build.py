@@ -18,6 +18,7 @@ from benchmarks.reporting.figures.plan import plan_figures
 from benchmarks.reporting.figures.style import use_style, write_svg
 from benchmarks.reporting.footnotes import group_caption, records_hash
 from benchmarks.reporting.parameters import parameters_table
+from benchmarks.reporting.progress import progress_tables
 from benchmarks.reporting.ranks import ranks_tables
 from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
 from benchmarks.reporting.scores import scores_table
@@ -101,7 +102,7 @@ def make_tables(
         compared = comparison_table(frame, load_outcomes(), reference, band, endpoint)
         tables += [] if compared is None else [compared]
     costs = [parameters_table(frame), throughput_table(frame, reference)]
-    return [*tables, *ranks_tables(frame), *costs, *tuning_tables(frame)]
+    return [*tables, *ranks_tables(frame), *progress_tables(frame, reference, endpoint), *costs, *tuning_tables(frame)]
 
 
 def write_report(root: Path, reference: str | None = None) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.comparable import Group
 from benchmarks.records.schema import Budget, Provenance, RunRecord, Tuning
 
@@ -57,10 +58,20 @@ def _recipe_lines(group: Group) -> list[str]:
     parts = [
         rates,
         f"weight decay {protocol.weight_decay:g}",
-        f"linear decay after {100 * protocol.warmup_ratio:.3g} % warm-up",
+        _schedule(protocol),
         f"gradient norm clipped at {protocol.clip_norm:g}",
     ]
     return [f"AdamW: {'; '.join(parts)}."]
+
+
+def _schedule(protocol: Protocol) -> str:
+    warmup = f"{100 * protocol.warmup_ratio:.3g} %" if protocol.warmup is None else f"{protocol.warmup} steps of"
+    parts = [f"{'linear decay' if protocol.schedule == 'linear' else 'constant'} after {warmup} warm-up"]
+    if protocol.averaging is not None:
+        parts.append(f"scored with averaged weights (decay {protocol.averaging:g})")
+    if protocol.head_start == "ridge":
+        parts.append(f"heads start from a converged ridge fit on {protocol.head_start_rows:,} training rows per task")
+    return "; ".join(parts)
 
 
 def _common_rate(group: Group) -> str:
