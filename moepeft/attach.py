@@ -61,11 +61,13 @@ def attach(
     wanted = tuple(site for site in select_sites(found, sites, exclude) if not is_beneath(site.name, whole))
     if sites is None:
         _refuse_the_head_alone(model, wanted, unreachable)
-    chosen = tuple(factory.select([site for site in wanted if building.can_adapt(factory, site)]))
+    routable = [site for site in wanted if building.why_not(factory, site) is None]
+    chosen = tuple(factory.select(routable)) if routable else ()
     if not chosen:
-        raise Unsupported(f"{factory.name} can adapt none of the chosen layers")
+        why = building.why_not(factory, wanted[0]) if wanted and not routable else None
+        raise Unsupported(f"{factory.name} can adapt none of the chosen layers{f', e.g. {why}' if why else ''}")
     if sites is None:
-        _warn_of_the_unreachable(model, chosen, unreachable)
+        _warn_of_the_unreachable(model, chosen, (*unreachable, *_experts_left(factory, found)))
     shared, built = building.build(factory, chosen)
     left_out = (
         *unreachable,
@@ -93,10 +95,22 @@ def _left_by(
             continue
         why = "a gate" if site.is_gate and site.layer is not None and site not in wanted else None
         if site in wanted:
-            of_positions = not building.can_adapt(factory, site)
-            why = "fed by positions, which are of no row" if of_positions else f"not for {factory.name}"
+            why = building.why_not(factory, site) or f"not for {factory.name}"
         if why is not None:
-            yield LeftOut(site.name, site.in_features * site.out_features, why, site.layer)
+            yield _left(site, why)
+    if not any(site.fused for site in wanted):
+        yield from _experts_left(factory, found)
+
+
+def _experts_left(factory: AdapterFactory, found: Sequence[LinearSite]) -> Iterator[LeftOut]:
+    for site in found:
+        if site.fused is not None:
+            why = building.why_not(factory, site)
+            yield _left(site, why or "an expert's matrix, adapted where `sites` names 'experts'")
+
+
+def _left(site: LinearSite, why: str) -> LeftOut:
+    return LeftOut(site.name, site.in_features * site.out_features, why, site.layer)
 
 
 def _refuse_the_head_alone(model: nn.Module, wanted: Sequence[LinearSite], unreachable: Sequence[LeftOut]) -> None:

@@ -110,6 +110,7 @@ class Attachment:
             f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
             f"{share:.2%} of {count.base:,} frozen ones"
             + (f"\n{count.beside:,} more train beside: {', '.join(trained.owners(self.state))}" if count.beside else "")
+            + (f"\n{count.experts:,} of them, {count.experts / count.total:.0%}, in experts" if count.experts else "")
             + "".join(f"\nleft out: {line}" for line in by_reason(self.state.left_out))
         )
 

@@ -8,13 +8,21 @@ from torch import nn
 from .errors import Unsupported
 from .protocols import AdapterFactory
 from .sites import LinearSite
-from .state import State, load_module
+from .state import State, load_module, weight_of
 
 
-def can_adapt(factory: AdapterFactory, site: LinearSite) -> bool:
-    """Whether a site's input is one that the method can route: a table of positions belongs to no row."""
+def why_not(factory: AdapterFactory, site: LinearSite) -> str | None:
+    """Why the method cannot route a site's input; None if it can.
+
+    A table of positions belongs to no row. An expert gets tokens without their rows: a token's task is known, but
+    neither its neighbours nor the row's padding.
+    """
     capabilities = factory.capabilities
-    return not site.of_positions or capabilities.routing == "none" or capabilities.adapts_positions
+    if site.of_positions and capabilities.routing != "none" and not capabilities.adapts_positions:
+        return "fed by positions, which are of no row"
+    if site.fused is not None and capabilities.routing not in ("none", "task"):
+        return f"an expert's matrix, which gets tokens without their rows: not for {factory.name}"
+    return None
 
 
 def build(factory: AdapterFactory, sites: tuple[LinearSite, ...]) -> tuple[nn.Module | None, list[nn.Module]]:
@@ -30,7 +38,7 @@ def reset(state: State) -> None:
     Raises:
         Unsupported: an adapted layer is on the meta device still.
     """
-    home = next(state.layer(state.sites[0]).parameters()).device
+    home = weight_of(state.layer(state.sites[0])).device
     if home.type == "meta":
         raise Unsupported("the model is on the meta device: give it memory first, by model.to_empty(device=...)")
     state.runtime.take_tallies()

@@ -29,6 +29,7 @@ class ParameterCount:
         closed_form: what the method's formula says; a test holds the two equal for every method.
         base: frozen numbers of the model.
         sites: number of adapted layers.
+        experts: the part of `total` in the adapters of fused experts.
     """
 
     total: int
@@ -39,6 +40,7 @@ class ParameterCount:
     closed_form: int
     base: int
     sites: int
+    experts: int = 0
 
     @property
     def core(self) -> int:
@@ -49,11 +51,13 @@ class ParameterCount:
 def count_parameters(state: State) -> ParameterCount:
     """Count the adapters' parameters. Works on the meta device: shapes are enough."""
     counted: Counter[str] = Counter()
+    of_experts = {f"sites.{site.name}" for site in state.sites if site.fused is not None}
     for module_name, module in state.modules():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 counted[purpose(state.factory, name)] += parameter.numel()
                 counted["shared"] += parameter.numel() * (module_name == "shared")
+                counted["experts"] += parameter.numel() * (module_name in of_experts)
     total = counted["task_table"] + counted["router"] + counted["core"]
     beside = sum(parameter.numel() for parameter in find_others(state).values())
     everything = sum(p.numel() for p in state.model.parameters())
@@ -66,6 +70,7 @@ def count_parameters(state: State) -> ParameterCount:
         closed_form=state.factory.count(state.sites),
         base=everything - total - beside,
         sites=len(state.sites),
+        experts=counted["experts"],
     )
 
 

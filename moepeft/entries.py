@@ -72,9 +72,9 @@ def _bind(module: nn.Module, attribute: str, function: Callable[..., Any]) -> No
 def _around(model: nn.Module, sites: tuple[LinearSite, ...]) -> dict[str, nn.Module]:
     """The modules around the sites by name: those outside of repeated blocks, and the blocks."""
     found: dict[str, nn.Module] = {}
-    adapted = {site.name for site in sites}
+    adapted = {site.carrier for site in sites}
     for site in sites:
-        parts = site.name.split(".")
+        parts = site.carrier.split(".")
         inside = False
         for depth in range(len(parts)):
             name = ".".join(parts[:depth])

@@ -20,22 +20,23 @@ from torch import Tensor, nn
 from .calls import Arranged, arrange, rows_from_second
 from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
+from .fused import ExpertMatrices, ExpertMatrix, mix, project
 from .protocols import Base, Stepping
 from .reading import code_of
 from .runtime import Forward, Runtime
 from .sites import LinearSite
-from .state import SLOT, Slot, State
+from .state import SLOT, Slot, State, weight_of
 
 
 def install(state: State, adapters: Sequence[nn.Module]) -> None:
     """Put one adapter around each of the state's sites, and on the modules around them what begins a forward."""
     for site, adapter in zip(state.sites, adapters, strict=True):
-        module = state.model.get_submodule(site.name)
+        module = _place(state.model, site)
         shared = state.shared if site is state.sites[0] else None
         slot = Slot(adapter, SiteContext(state.runtime, site), module.__dict__.get("forward"), shared, state)
         slot.by_row = _by_row(state)
         slot.by_task = state.factory.capabilities.routing == "task"
-        setattr(module, SLOT, slot.to(next(module.parameters()).device).train(module.training))
+        setattr(module, SLOT, slot.to(weight_of(module).device).train(module.training))
         bind(module)
     state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
     if _tells_rows_apart(state):
@@ -44,6 +45,18 @@ def install(state: State, adapters: Sequence[nn.Module]) -> None:
             attention.register_forward_hook(_forget_rows, always_call=True)
     _compute_rows_whole(state)
     install_entries(state)
+
+
+def _place(model: nn.Module, site: LinearSite) -> nn.Module:
+    """The module that gets a site's adapter: the layer, or what is made to stand for an expert's matrix."""
+    layer = model.get_submodule(site.carrier)
+    if site.fused is None:
+        return layer
+    if SLOT not in layer._modules:
+        layer.add_module(SLOT, ExpertMatrices(layer.__dict__.get("forward")))
+    matrices = layer._modules[SLOT]
+    assert isinstance(matrices, ExpertMatrices)
+    return matrices.place(layer, site.fused)
 
 
 def _by_row(state: State) -> bool:
@@ -61,7 +74,7 @@ def remove(state: State) -> None:
     """Undo `install`: no module keeps anything of ours."""
     remove_entries(state)
     for module in state.model.modules():
-        if isinstance(module._modules.get(SLOT), Slot):
+        if isinstance(module._modules.get(SLOT), (Slot, ExpertMatrices)):
             unbind(module)
             delattr(module, SLOT)
         _remove_hooks(module)
@@ -92,13 +105,17 @@ def _compute_rows_whole(state: State) -> None:
 def bind(module: nn.Module) -> None:
     """Let the layer's adapter answer its calls."""
     # A partial of a module-level function pickles and deep-copies; a bound method does not.
-    module.forward = functools.partial(_adapted_forward, module)
+    if isinstance(module, ExpertMatrix):
+        module.experts.forward = functools.partial(_adapted_experts, module.experts)
+    else:
+        module.forward = functools.partial(_adapted_forward, module)
 
 
 def unbind(module: nn.Module) -> None:
     """Give the layer its own `forward` back."""
+    module = module.experts if isinstance(module, ExpertMatrix) else module
     slot = getattr(module, SLOT)
-    if getattr(vars(module).get("forward"), "func", None) is _adapted_forward:
+    if getattr(vars(module).get("forward"), "func", None) in (_adapted_forward, _adapted_experts):
         del module.forward
         if slot.inner is not None:  # another library's hook (accelerate's) was bound before ours
             module.forward = slot.inner
@@ -113,7 +130,7 @@ def _adapted_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
     runtime = slot.context.runtime
     forward = runtime.forward
     if forward is None:
-        return _without_forward(module, slot, x, more, kwargs)
+        return _without_forward(functools.partial(_adapted_forward, module), slot, x, more, kwargs)
     beside = _is_table(slot, forward, x)
     if not forward.settings.enabled or (beside and slot.by_row):
         return _frozen_forward(module, x, *more, **kwargs)
@@ -140,20 +157,22 @@ def _arranged(x: Tensor, slot: Slot, forward: Forward) -> Arranged:
     else:
         arranged = arrange(x, forward.scope, regrouped=slot.regrouped, streams=slot.streams)
     # Elsewhere the rows stay whole: what a token-routed method counts of them is laid out by rows.
-    by_position = slot.by_task and forward.packed and arranged.rows_known and arranged.in_order and x.dim() > 2
+    by_position = slot.by_task and forward.packed and arranged.rows_known and arranged.in_order and arranged.x.dim() > 2
     return arranged.by_position() if by_position else arranged
 
 
-def _without_forward(module: nn.Module, slot: Slot, x: Tensor, more: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+def _without_forward(
+    adapted: Callable[..., Tensor], slot: Slot, x: Tensor, more: Sequence[Any], kwargs: dict[str, Any]
+) -> Tensor:
     """A layer that is called by itself, or computed again by checkpointing of a smaller part than a block."""
     runtime: Runtime = slot.context.runtime
     backward = backward_under_way()
     if backward is not None:
         with runtime.resumed_at(x, backward):
-            return _adapted_forward(module, x, *more, **kwargs)
-    runtime.begin(begin_at_layer(slot.state, x, module.training))
+            return adapted(x, *more, **kwargs)
+    runtime.begin(begin_at_layer(slot.state, x, slot.training))
     try:
-        return _adapted_forward(module, x, *more, **kwargs)
+        return adapted(x, *more, **kwargs)
     finally:
         runtime.end()
 
@@ -177,6 +196,54 @@ def _input_name(module: nn.Module) -> str:
     return first
 
 
+# ---------------------------------------------------------------------- experts
+
+
+def _adapted_experts(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
+    """What a module of fused experts computes: each expert's adapters see the tokens that the router sent there."""
+    matrices: ExpertMatrices = module.moepeft  # type: ignore[assignment]
+    slot: Slot = next(matrices.matrices()).moepeft  # type: ignore[assignment]
+    forward = slot.context.runtime.forward
+    x, *more = _in_order(module, args, kwargs) if kwargs else args
+    if forward is None:
+        return _without_forward(functools.partial(_adapted_experts, module), slot, x, more, {})
+    if not forward.settings.enabled:
+        inner = matrices.inner or functools.partial(type(module).forward, module)
+        return inner(x, *more)
+    tasks = _tasks_of_tokens(x, slot, forward)
+    for matrix in matrices.matrices():  # an expert without tokens is no layer that the model does not use
+        matrix.moepeft.has_run = True  # type: ignore[union-attr]
+    inside = Runtime()
+
+    def adapted(parameter: str, index: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        matrix = matrices.find(parameter, index)
+        if matrix is None:
+            return project(module, parameter, index, inputs)
+        own: Slot = matrix.moepeft  # type: ignore[assignment]
+        inside.begin(forward.beside(None if tasks is None else tasks[tokens].unsqueeze(1)))
+        output: Tensor = own.adapter(
+            inputs, functools.partial(project, module, parameter, index), SiteContext(inside, own.context.site)
+        )
+        return output
+
+    return mix(module, adapted, x, *more)
+
+
+def _in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+
+
+def _tasks_of_tokens(x: Tensor, slot: Slot, forward: Forward) -> Tensor | None:
+    """Tasks of all tokens, (tokens, ids), in the order of the experts' input; None where nothing routes by them."""
+    if not slot.by_task:
+        return None
+    arranged = forward.input = _arranged(x, slot, forward)
+    forward.given = x
+    sets = slot.context.task_sets(arranged.x.shape[0])
+    shape = arranged.x.shape[:-1]
+    return arranged.restore(sets.view(shape[0], *(1,) * (len(shape) - 1), -1).expand(*shape, -1))
+
+
 # ---------------------------------------------------------------------- tables of positions
 
 
@@ -187,7 +254,7 @@ def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.M
     """
     parents: dict[str, set[str]] = {}
     for site in sites:
-        parent, _, last = site.name.rpartition(".")
+        parent, _, last = site.carrier.rpartition(".")
         parents.setdefault(parent, set()).add(last)
     modules = [(model.get_submodule(name), adapted) for name, adapted in sorted(parents.items())]
     return [

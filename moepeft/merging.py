@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MissingRouting, NotMergeable
+from .fused import ExpertMatrix
 from .hooks import bind, leave, position_readers, unbind
 from .protocols import Mergeable
 from .shards import is_sharded
@@ -109,22 +110,22 @@ def check_weights(state: State) -> None:
     Raises:
         NotMergeable: it is not; names the layer and who else reads the weight.
     """
-    layers = {id(state.layer(site)): site for site in state.sites}
+    layers = {site.name: (site, state.layer(site)) for site in state.sites}
     owners: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for name, module in state.model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not tensor.is_meta and tensor.is_floating_point():
                 place = tensor.untyped_storage().data_ptr()
                 owners.setdefault(place, []).append((f"{name}.{key}" if name else key, module, tensor))
-    for site in layers.values():
-        module = state.layer(site)
+    for site, module in layers.values():
         weight = _weight(module, site)
         if is_sharded(weight):
             raise NotMergeable(
                 f"the weight of {site.name!r} is sharded over processes: save(), then load() onto a whole base and "
                 "merge there"
             )
-        if "weight" not in module._parameters:
+        owner, parameter = _owner(module)
+        if parameter not in owner._parameters:
             raise NotMergeable(
                 f"the weight of {site.name!r} is computed at every call (a parametrization, weight_norm, "
                 "spectral_norm or pruning), so an update would be lost: make it permanent first "
@@ -132,11 +133,16 @@ def check_weights(state: State) -> None:
             )
         place = weight.untyped_storage().data_ptr()
         for name, other, tensor in owners.get(place, []) if place else []:  # 0: memory that nobody sees, as of a test
-            if (other is not module or tensor is not module._parameters["weight"]) and _overlap(weight, tensor):
+            if (other is not owner or tensor is not owner._parameters[parameter]) and _overlap(weight, tensor):
                 raise NotMergeable(
                     f"the weight of {site.name!r} is also that of {name!r}, which merging would change: leave the "
                     "site out, or untie the weights first"
                 )
+
+
+def _owner(module: nn.Module) -> tuple[nn.Module, str]:
+    """The module whose parameter a layer's weight is, and the parameter's name."""
+    return (module.experts, module.parameter) if isinstance(module, ExpertMatrix) else (module, "weight")
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -99,6 +99,24 @@ class Forward:
     input: Arranged | None = None
     given: Tensor | None = None
 
+    def beside(self, task_ids: Tensor | None) -> Forward:
+        """The same forward for inputs of other rows, such as an expert's tokens; what is recorded is recorded here.
+
+        Args:
+            task_ids: of these rows, (rows, 1, ids).
+        """
+        return replace(
+            self,
+            task_ids=task_ids,
+            scopes=[Scope()],
+            values={},
+            of_inputs={},
+            masks={},
+            tables={},
+            input=None,
+            given=None,
+        )
+
     @property
     def packed(self) -> bool:
         """Whether the positions of a row have task ids of their own."""

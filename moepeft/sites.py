@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .errors import NoMatchingSite, Unsupported
+from .fused import Fused, expert_shapes, fused_parameters
 from .reading import below, code_of, names_in_order, weights_read
 from .roles import Role, Shape, Stream, networks_of, roles_of, stack_of, stream_of
 
@@ -36,6 +37,8 @@ class LinearSite:
         stack: where it stands: cross-attention keys and values stand in the decoder, though they read the encoder.
             ``encoder`` in a model that has one stack only.
         of_positions: whether it reads a table of positions, which belongs to no row of the batch.
+        fused: where the matrix is, if it is an expert's that lies in one parameter with those of the other experts; no
+            module has the site's name then.
     """
 
     name: str
@@ -47,6 +50,12 @@ class LinearSite:
     block: str | None = None
     stack: Stream = "encoder"
     of_positions: bool = False
+    fused: Fused | None = None
+
+    @property
+    def carrier(self) -> str:
+        """Name of the module whose call computes with the layer: its own, or that of the experts."""
+        return self.name if self.fused is None else self.fused.module
 
     @property
     def is_gate(self) -> bool:
@@ -117,7 +126,9 @@ def survey(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[LeftOut, ...
     modules = dict(model.named_modules())
     read, of_positions = _as_code_says(model, modules)
     lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList)}
-    shapes, left_out = [], []
+    shapes: list[Shape] = []
+    left_out: list[LeftOut] = []
+    experts: dict[int, list[LinearSite]] = {}
     for name in _in_order(model, modules):
         module, layer = modules[name], _layer(name, lists)
         if type(module).__module__.startswith("peft."):
@@ -127,20 +138,30 @@ def survey(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[LeftOut, ...
             )
         features = linear_features(module)
         why = _why_not(module, features, taken=name in read)
-        if why is not None:
+        if fused_parameters(module):
+            experts.setdefault(len(shapes), []).extend(_expert_sites(name, module, layer))
+        elif why is not None:
             left_out.append(LeftOut(name, _numbers(module), why, layer))
         elif features is not None:
             shapes.append(Shape(name, *features, layer))
     roles = roles_of(shapes)
     networks = networks_of(shapes, roles)
     two_stacks = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    sites = []
-    for shape in shapes:
+    sites: list[LinearSite] = []
+    for place, shape in enumerate(shapes):
+        sites.extend(experts.get(place, ()))
         name, role = shape.name, roles[shape.name]
         stack = stack_of(name) if two_stacks else "encoder"
         stream, network = stream_of(name, role, stack), networks.get(name)
         sites.append(LinearSite(*shape[:3], role, stream, shape.layer, network, stack, name in of_positions))
-    return tuple(sites), tuple(left_out)
+    return (*sites, *experts.get(len(shapes), ())), tuple(left_out)
+
+
+def _expert_sites(name: str, module: nn.Module, layer: int | None) -> Iterator[LinearSite]:
+    for index, parameter, into, out in expert_shapes(module):
+        role: Role = "down" if parameter == "down_proj" else "up"
+        where = Fused(name, parameter, index)
+        yield LinearSite(f"{name}.{index}.{parameter}", into, out, role, layer=layer, fused=where)
 
 
 def select_sites(
@@ -150,16 +171,17 @@ def select_sites(
 
     Args:
         sites: what `find_sites` returned.
-        pattern: None for every linear layer of the repeated blocks (of the whole model if it has none) but gates; a
-            string is a regular expression that must match a whole name; a list holds roles (``"q"``) or ends of names
-            (``"attention.self.query"``); a callable decides site by site.
+        pattern: None for every linear layer of the repeated blocks (of the whole model if it has none) but gates and
+            matrices of fused experts; a string is a regular expression that must match a whole name; a list holds
+            roles (``"q"``), ends of names (``"attention.self.query"``), or ``"experts"`` for the matrices of fused
+            experts; a callable decides site by site.
         exclude: a pattern of those to leave out.
 
     Raises:
         NoMatchingSite: a pattern, or one entry of a list, matches nothing, or nothing is left; lists what there is.
     """
     if pattern is None:
-        chosen = [site for site in sites if site.layer is not None and not site.is_gate] or list(sites)
+        chosen = [site for site in sites if site.layer is not None and _is_plain(site)] or list(sites)
     else:
         chosen = _matching(sites, pattern)
     unwanted = [] if exclude is None else _matching(sites, exclude)
@@ -186,7 +208,13 @@ def _matching(sites: Sequence[LinearSite], pattern: SitePattern) -> list[LinearS
     return chosen
 
 
+def _is_plain(site: LinearSite) -> bool:
+    return not site.is_gate and site.fused is None
+
+
 def _matches(site: LinearSite, entry: str) -> bool:
+    if entry == "experts":
+        return site.fused is not None
     return entry in (site.role, site.name) or site.name.endswith(f".{entry}")
 
 

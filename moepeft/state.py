@@ -36,14 +36,14 @@ class Slot(nn.Module):
     ) -> None:
         super().__init__()
         self.state = state
-        self.parent = context.site.name.rpartition(".")[0]
+        self.parent = context.site.carrier.rpartition(".")[0]
         self.rows_second = not state.factory.capabilities.batch_first
         self.streams: int = getattr(adapter, "streams", 1)
         self.adapter = adapter
         self.context = context
         self.inner = inner
         self.shared = shared
-        self.regrouped = _is_regrouped(context.site.name)
+        self.regrouped = context.site.fused is None and _is_regrouped(context.site.name)
         self.by_row = self.by_task = False
         self.has_run = False
 
@@ -115,7 +115,7 @@ class State:
         Raises:
             Unsupported: another layer was put in its place.
         """
-        for module in (*_named(self.model, site.name), *self.model.modules()):
+        for module in (*_named(self.model, path_of(site)), *self.model.modules()):
             slot = module._modules.get(SLOT)
             if isinstance(slot, Slot) and slot.context.site.name == site.name:
                 return module
@@ -153,6 +153,19 @@ class State:
         for name, module in self.modules():
             prefix = f"{name}."
             load_module(module, {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)})
+
+
+def path_of(site: LinearSite) -> str:
+    """Where the module of a site stands in an adapted model."""
+    fused = site.fused
+    return site.name if fused is None else f"{fused.module}.{SLOT}.{fused.expert}.{fused.parameter}"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of an adapted layer."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _named(model: nn.Module, name: str) -> Iterator[nn.Module]:

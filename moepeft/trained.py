@@ -97,7 +97,7 @@ def warn_of_new_heads(state: State, *, asked: bool) -> None:
 
 
 def _is_adapted(name: str, sites: Iterable[LinearSite]) -> bool:
-    return is_beneath(name, (site.name for site in sites))
+    return is_beneath(name, (site.carrier for site in sites))
 
 
 # ---------------------------------------------------------------------- their values

@@ -91,9 +91,15 @@ def export_lora(
         PeftMissing: `peft` is not installed.
         NotMergeable: the update depends on the input.
         MissingRouting: `task` is missing, or given to a method that knows no tasks.
+        Unsupported: fused experts carry adapters.
     """
     peft = import_peft()
     merging.check(attachment.state, task)
+    if any(site.fused for site in attachment.sites):
+        raise Unsupported(
+            "adapters of fused experts have no form in a LoRA checkpoint that servers read: call merge() and save the "
+            "whole model, or leave 'experts' out of `sites`"
+        )
     factors = {site.name: factorise(attachment.adapters[site.name], task, rank) for site in attachment.sites}
     export = Export(
         Path(folder),

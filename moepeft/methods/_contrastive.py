@@ -41,8 +41,10 @@ ContrastiveSites = Literal["all", "encoder"]
 
 
 def gives_term(config: HasContrastive, site: LinearSite) -> bool:
-    """Whether a site gives a term to the loss of that configuration."""
-    return config.contrastive > 0 and (config.contrastive_sites == "all" or site.stack == "encoder")
+    """Whether a site gives a term to the loss of that configuration. Experts do not: they get tokens, not rows."""
+    return (
+        config.contrastive > 0 and site.fused is None and (config.contrastive_sites == "all" or site.stack == "encoder")
+    )
 
 
 class HasContrastive(Protocol):

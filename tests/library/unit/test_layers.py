@@ -101,17 +101,33 @@ def test_exclude_takes_what_sites_takes() -> None:
 
 def test_a_gate_is_left_out_and_named() -> None:
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**MOE, num_experts_per_tok=2, shared_expert_intermediate_size=64))
-    with pytest.warns(UserWarning, match="Qwen2MoeExperts"):
+    with pytest.warns(UserWarning, match=r"expert.*mlp\.experts\.0\.gate_up_proj"):
         adapters = moepeft.attach(model, moepeft.method("ept"))
     assert not any(site.is_gate for site in adapters.sites)
     summary = adapters.summary()
     assert "2 x a gate, 64 numbers, e.g. 'model.layers.0.mlp.shared_expert_gate'" in summary
-    assert "holds several matrices in one parameter" in summary
+    assert "'model.layers.0.mlp.experts.0.gate_up_proj'" in summary
+
+
+class Stack(nn.Module):
+    """Matrices of one parameter, whose use nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.matrices = nn.Linear(8, 8), nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) @ self.matrices[0]
+
+
+def test_several_matrices_of_one_parameter_are_named() -> None:
+    summary = moepeft.attach(Stack(), moepeft.method("lora")).summary()
+    assert "Stack holds several matrices in one parameter, 192 numbers" in summary
 
 
 def test_a_warning_says_so_where_most_of_the_blocks_is_not_reached() -> None:
     model = MixtralForCausalLM(MixtralConfig(**MOE))
-    with pytest.warns(UserWarning, match=r"8\d% of the matrices in the blocks.*MixtralExperts"):
+    with pytest.warns(UserWarning, match=r"8\d% of the matrices in the blocks.*16 x an expert"):
         adapters = moepeft.attach(model, moepeft.method("lora"))
     adapters.detach()
     with warnings.catch_warnings():
