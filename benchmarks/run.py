@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.cells.cell import Bench
     from benchmarks.plan.part import Part, Rerun
     from benchmarks.plan.study import Study
+    from benchmarks.plan.tuning import Tuned
     from benchmarks.records.store import Store
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -131,31 +132,42 @@ class _Run:
     def execute(self) -> int:
         """Trials first, if rates are tuned, then the reported cells, then the tables."""
         from benchmarks.plan.part import deal
-        from benchmarks.plan.tuning import chosen_rates
-        from benchmarks.records.trials import trial_store
 
         suite, options, shard = self.study.suite, self.options, parse_shard(self.options.shard)
         by_method = tuple(self.study.methods) if suite.tuning_rates else None
-        trials, trials_store = self.study.trials(), trial_store(self.store.root)
-        if trials:
-            # A trial that was made is made, whatever else is to be run again: the rate was chosen by its score.
-            rerun: Rerun = "failed" if options.rerun == "failed" else "missing"
-            part = deal(trials, trials_store, shard=shard, rerun=rerun, by_method=by_method)
-            if not self._plan_or_run(part, "trials"):
-                return EXIT_INTERRUPTED
-        rates = chosen_rates(trials, trials_store)
-        undecided = frozenset(planned.cell.method for planned in trials) - set(rates)
-        cells = self.study.reported(rates, undecided)
+        tuned = self._tune(shard, by_method)
+        if tuned is None:
+            return EXIT_INTERRUPTED
+        cells = self.study.reported(tuned.rates, tuned.waiting)
         part = deal(cells, self.store, shard=shard, rerun=options.rerun, by_method=by_method)
         if not self._plan_or_run(part, "cells"):
             return EXIT_INTERRUPTED
         if options.plan:
-            for name in sorted(undecided):
+            for name in sorted(tuned.waiting):
                 seeds = ", ".join(map(str, suite.seeds))
                 self.console.print(f"{name}: seeds {seeds} after its trials, at the best rate")
             return EXIT_OK
-        complete = not undecided and all(self.store.find(planned.cell) for planned in cells)
+        complete = not tuned.waiting and all(self.store.find(planned.cell) for planned in cells)
         return self._conclude(part, complete=complete)
+
+    def _tune(self, shard: tuple[int, int], by_method: tuple[str, ...] | None) -> Tuned | None:
+        """Run trials, round by round, until this shard's rates are decided; None if the user stopped it."""
+        from benchmarks.plan.part import deal
+        from benchmarks.records.trials import trial_store
+
+        store = trial_store(self.store.root)
+        # A trial that was made is made, whatever else is to be run again: the rate was chosen by its score.
+        rerun: Rerun = "failed" if self.options.rerun == "failed" else "missing"
+        while True:
+            tuned = self.study.tune(store)
+            part = deal(tuned.trials, store, shard=shard, rerun=rerun, by_method=by_method)
+            if not tuned.trials or (not part.due and not self.options.plan):
+                return tuned
+            if not self._plan_or_run(part, "trials"):
+                return None
+            if self.options.plan:
+                return tuned
+            rerun = "missing"
 
     def _plan_or_run(self, part: Part, what: str) -> bool:
         """Print what is due of a part, or run it; False if the user stopped it."""

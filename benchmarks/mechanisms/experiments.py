@@ -8,13 +8,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
 import moepeft
 from benchmarks.mechanisms.students import Lesson
 from benchmarks.mechanisms.teachers import Curriculum, FeedForward
 from benchmarks.methods.matching import count, nearest
 from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.halving import Halving
 from moepeft import AdapterFactory
 from moepeft.sites import find_sites
 
@@ -22,24 +23,6 @@ from moepeft.sites import find_sites
 Measure = Literal["swap_loss", "forgotten", "largest_share", "follows_size"]
 
 FOLDER = Path(__file__).parent / "experiments"
-
-
-class Tuning(BaseModel):
-    """How a method's rate is found: successive halving over rates, on teachers that are never reported.
-
-    Attributes:
-        rates: of the first rung; the grid grows by the same factor until the best rate lies inside of it.
-        seeds: of the tuning teachers.
-        first_steps: of the first rung; the better half of the rates goes on to the reported number of steps.
-        extensions: how often the grid may grow.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rates: tuple[PositiveFloat, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    seeds: tuple[int, ...] = (1000, 1001)
-    first_steps: PositiveInt = 150
-    extensions: PositiveInt = 3
 
 
 class Experiment(BaseModel):
@@ -55,7 +38,7 @@ class Experiment(BaseModel):
         reference: the method that others are compared with.
         ranks_of_reference: sizes: every method is brought to the reference's size at these ranks; empty for own sizes.
         lesson: how students are trained.
-        tuning: how rates are found.
+        tuning: how rates are found, on teachers that are never reported.
         seeds: of the reported runs.
         show: columns of the long frame that get a table of their own beside the scores.
     """
@@ -71,7 +54,7 @@ class Experiment(BaseModel):
     reference: str
     ranks_of_reference: tuple[PositiveInt, ...] = ()
     lesson: Lesson = Lesson()
-    tuning: Tuning = Tuning()
+    tuning: Halving = Halving()
     seeds: tuple[int, ...] = tuple(range(10))
     show: tuple[Measure, ...] = ("swap_loss",)
 

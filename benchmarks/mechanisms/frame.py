@@ -13,7 +13,8 @@ from benchmarks.mechanisms.experiments import Experiment
 from benchmarks.mechanisms.runs import Archive, Outcome, Run
 from benchmarks.mechanisms.suite import reported_runs
 from benchmarks.mechanisms.teachers import true_sizes
-from benchmarks.mechanisms.tuning import Choice, choose_rate
+from benchmarks.mechanisms.tuning import choose_rate
+from benchmarks.protocols.halving import Choice
 from moepeft.config import expert_sizes
 from moepeft.registry import from_config
 

@@ -11,7 +11,8 @@ from joblib import Parallel, delayed
 
 from benchmarks.mechanisms.experiments import Experiment
 from benchmarks.mechanisms.runs import Archive, Run, execute, plan_run
-from benchmarks.mechanisms.tuning import Choice, choose_rate
+from benchmarks.mechanisms.tuning import choose_rate
+from benchmarks.protocols.halving import Choice
 
 Say = Callable[[str], None]
 

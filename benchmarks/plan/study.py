@@ -13,7 +13,7 @@ from benchmarks.methods.parse import parse_method, parse_methods
 from benchmarks.plan.cells import PlannedCell, expand
 from benchmarks.plan.options import Options
 from benchmarks.plan.track import apply_track
-from benchmarks.plan.tuning import trial_cells, tuned_cells
+from benchmarks.plan.tuning import Tuned, tune, tuned_cells
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite
 from benchmarks.records.store import Store
@@ -36,9 +36,9 @@ class Study:
     methods: Mapping[str, Method]
     data: tuple[TaskData, ...]
 
-    def trials(self) -> list[PlannedCell]:
-        """The cells that learning rates are chosen by; none where nothing is tuned."""
-        return trial_cells(self.suite, self.methods.values(), self.data)
+    def tune(self, trials: Store) -> Tuned:
+        """Which trials are needed, by those that are there, and the rates that are decided."""
+        return tune(self.suite, self.methods.values(), self.data, trials)
 
     def reported(self, rates: Mapping[str, float], undecided: frozenset[str] = frozenset()) -> list[PlannedCell]:
         """The reported cells.

@@ -206,6 +206,10 @@ class Protocol(Frozen):
             raise ValueError("target_parameters is for track = matched")
         return self
 
+    def for_trial(self, steps: int) -> Self:
+        """The same for choosing a rate: as many steps, scored once, at their end, on the fold."""
+        return self.with_overrides(steps=steps, evaluate_on="fold", checkpoints=())
+
     @property
     def warmup_steps(self) -> int:
         """Steps over which the learning rate rises."""
@@ -231,13 +235,23 @@ class Suite(Protocol):
     tuning_rates: tuple[PositiveFloat, ...] = Field(
         default=(), description="learning rates that every method tries on the fold; empty: `learning_rate` for all"
     )
-    tuning_seed: Annotated[int, Field(ge=0)] = Field(default=1000, description="of the trials; never a reported seed")
+    tuning_seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(1000,), min_length=1, description="of the trials; never reported seeds"
+    )
     tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
+    tuning_first_steps: PositiveInt | None = Field(
+        default=None,
+        description="of a first rung, whose better half goes on to `tuning_steps`; None: there is one rung",
+    )
+    tuning_extensions: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="how often the grid may grow until the best rate lies inside of it"
+    )
 
     @model_validator(mode="after")
     def _tuned_apart_from_what_is_reported(self) -> Self:
-        if self.tuning_rates and self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds; give another one")
+        both = sorted({*self.tuning_seeds} & {*self.seeds})
+        if self.tuning_rates and both:
+            raise ValueError(f"tuning_seeds {both[0]} is among the reported seeds; give another one")
         if self.tuning_rates and self.evaluate_on == "fold":
             raise ValueError("tuning scores its trials on the fold: with evaluate_on = fold nothing is left to report")
         return self

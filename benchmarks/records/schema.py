@@ -23,12 +23,22 @@ class _Strict(Frozen):
 class Tuning(_Strict):
     """How the learning rate of a reported cell was found."""
 
-    rates: tuple[float, ...] = Field(description="every rate that was tried, rising")
+    unwritten = frozenset({"more_seeds", "first_steps", "extensions"})
+
+    rates: tuple[float, ...] = Field(description="the rates of the first grid, rising")
     seed: int = Field(description="of the trials")
-    steps: int = Field(description="of a trial")
+    more_seeds: tuple[int, ...] = Field((), description="further ones, each with all trials")
+    steps: int = Field(description="of a trial, on the last rung")
+    first_steps: int | None = Field(None, description="of a trial on the first rung; None: there was one rung")
+    extensions: int = Field(0, description="how often the grid was allowed to grow")
     head_learning_rate: float | None = Field(
         description="the rate of the heads beside an adapter, as the heads' own rate is tuned where they train alone"
     )
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All tuning seeds."""
+        return (self.seed, *self.more_seeds)
 
 
 class Cell(_Strict):

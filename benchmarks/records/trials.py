@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.records.schema import Cell, RunRecord
 from benchmarks.records.store import Store
@@ -27,14 +28,16 @@ def belongs(trial: Cell, reported: Cell) -> bool:
     how, own = reported.tuned, trial.protocol
     if how is None:
         raise ValueError(f"the rate of {reported.method} was not tuned, so that it has no trials")
-    expected = reported.protocol.with_overrides(
-        learning_rate=own.learning_rate, evaluate_on="fold", steps=how.steps, head_learning_rate=own.head_learning_rate
+    expected = reported.protocol.for_trial(own.steps).with_overrides(
+        learning_rate=own.learning_rate, head_learning_rate=own.head_learning_rate
     )
     return (
         trial.trial
-        and (trial.seed, trial.data, trial.numerics_version) == (how.seed, reported.data, reported.numerics_version)
+        and trial.seed in how.seeds
+        and (trial.data, trial.numerics_version) == (reported.data, reported.numerics_version)
         and own == expected
-        and own.learning_rate in how.rates
+        and own.steps in (how.first_steps, how.steps)
+        and (own.learning_rate in how.rates or how.extensions > 0)
         # The heads' own rate, or the tried one where nothing but heads trains.
         and own.head_learning_rate in (how.head_learning_rate, own.learning_rate)
     )
@@ -46,15 +49,18 @@ class Trials:
 
     Attributes:
         method: its name on the command line.
-        scores: by rate the mean over tasks of the primary metric, rising; None where a trial failed.
+        scores: by rate the mean of the endpoint over tasks and seeds, rising; None where a trial failed. Of two rungs
+            the last one's.
         statuses: by rate how the trial ended; ``missing`` where there is none.
         rows: rows that a trial was scored on, all tasks together.
+        first: the same scores of the first rung; empty where there is one rung.
     """
 
     method: str
     scores: Mapping[float, float | None]
     statuses: Mapping[float, str]
     rows: int = 0
+    first: Mapping[float, float | None] = field(default_factory=dict)
 
     @property
     def best(self) -> float:
@@ -66,33 +72,21 @@ class Trials:
 
     @property
     def at_edge(self) -> str | None:
-        """Where the best rate is an end of the grid: a better one may lie beyond."""
-        rates = sorted(self.scores)
+        """Where the best rate is an end of what was tried to the end: a better one may lie beyond."""
+        rates = sorted(rate for rate in self.scores if self.statuses[rate] != "missing")
         if len(rates) < 2 or all(score is None for score in self.scores.values()):
             return None
         return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.best)
 
-    @property
-    def complete(self) -> bool:
-        """Whether every rate was tried to an end, good or bad."""
-        return not any(status in ("missing", "interrupted") for status in self.statuses.values())
 
-
-def read_trials(method: str, records: Mapping[float, RunRecord | None]) -> Trials:
-    """Scores and statuses from the records by rate."""
-    scores = {
-        rate: mean_primary(record) if record is not None and record.status == "ok" else None
-        for rate, record in sorted(records.items())
-    }
-    statuses = {rate: "missing" if record is None else record.status for rate, record in sorted(records.items())}
-    rows = max((sum(one.rows for one in record.scores.values()) for record in records.values() if record), default=0)
-    return Trials(method, scores, statuses, rows)
-
-
-def mean_primary(record: RunRecord) -> float | None:
-    """Mean over tasks of the first metric, counted as everywhere; None of a record without scores."""
-    values = [score.counted(score.primary) for score in record.scores.values()]
-    return sum(values) / len(values) if values else None
+def endpoint_score(record: RunRecord) -> float | None:
+    """Mean over tasks of what the protocol declares as its endpoint, counted as everywhere; None without scores."""
+    protocol = record.cell.protocol
+    scores = [score for name, score in record.scores.items() if name in (protocol.endpoint_tasks or record.scores)]
+    if protocol.endpoint == "skill":
+        values = [score.likelihood.skill for score in scores if score.likelihood is not None]
+        return fmean(values) if len(values) == len(scores) > 0 else None
+    return fmean(score.counted(score.primary) for score in scores) if scores else None
 
 
 def _score(score: float | None) -> float:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from benchmarks.records.comparable import Group
 from benchmarks.records.frame import Results
 from benchmarks.records.store import replacing
-from benchmarks.reporting.comparison import FIRST_METRIC, Endpoint, comparison_table
+from benchmarks.reporting.comparison import comparison_table
+from benchmarks.reporting.endpoint import FIRST_METRIC, Endpoint
 from benchmarks.reporting.figures.plan import plan_figures
 from benchmarks.reporting.figures.style import use_style, write_svg
 from benchmarks.reporting.footnotes import group_caption, records_hash
@@ -102,7 +103,13 @@ def make_tables(
         compared = comparison_table(frame, load_outcomes(), reference, band, endpoint)
         tables += [] if compared is None else [compared]
     costs = [parameters_table(frame), throughput_table(frame, reference)]
-    return [*tables, *ranks_tables(frame), *progress_tables(frame, reference, endpoint), *costs, *tuning_tables(frame)]
+    return [
+        *tables,
+        *ranks_tables(frame),
+        *progress_tables(frame, reference, endpoint),
+        *costs,
+        *tuning_tables(frame, endpoint),
+    ]
 
 
 def write_report(root: Path, reference: str | None = None) -> str:

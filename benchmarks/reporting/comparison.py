@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.store import RecordError
+from benchmarks.reporting.endpoint import FIRST_METRIC, Endpoint
 from benchmarks.reporting.render import Table
 from benchmarks.reporting.scores import average_scores
 from benchmarks.reporting.tuning import find_trials
@@ -30,33 +30,6 @@ from benchmarks.statistics.paired import PairedTask, metric_value, paired_differ
 
 AT_EDGE = "at the edge of its grid"
 REFERENCE_AT_EDGE = "reference at the edge of its grid"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """What methods are compared by: a mean over tasks, declared by the protocol.
-
-    Attributes:
-        metric: ``skill``, or ``metric`` for the first one of every task.
-        tasks: that the mean is over; empty: all.
-    """
-
-    metric: Literal["metric", "skill"]
-    tasks: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, protocol: Protocol) -> Endpoint:
-        """The declared one."""
-        return cls(protocol.endpoint, protocol.endpoint_tasks)
-
-    @property
-    def words(self) -> str:
-        """For captions."""
-        what = "skill 1 - NLL / NLL(prior)" if self.metric == "skill" else "first metric"
-        return f"{what} over {', '.join(self.tasks)}" if self.tasks else f"{what} over all tasks"
-
-
-FIRST_METRIC = Endpoint("metric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +75,7 @@ def comparison_table(
     ]
     if not compared:
         return None
-    edges = {trials.method for trials in find_trials(frame) if trials.at_edge}
+    edges = {trials.method for trials in find_trials(frame, endpoint) if trials.at_edge}
     facts = _facts(compared, base, edges, band)
     left_out = [label for label in others if label not in {comparison.label for comparison in compared}]
     return Table(

@@ -88,9 +88,12 @@ def _tuned_rates(group: Group, how: Tuning) -> str:
         if any(record.budget is not None for record in row.records)
     }
     chosen = ", ".join(f"{label} {' and '.join(rates)}" for label, rates in by_label.items())
+    seeds = f"seed{'s' if how.more_seeds else ''} {', '.join(map(str, how.seeds))}"
+    rungs = "" if how.first_steps is None else f"; the better half after {how.first_steps:,} steps"
+    rungs += f"; grown up to {how.extensions} times" if how.extensions else ""
     return (
-        f"learning rate of every method the best of {tried} on rows cut from train (seed {how.seed}, "
-        f"{how.steps:,} steps): {chosen or 'none yet'}{_head_rate(group, how.head_learning_rate)}"
+        f"learning rate of every method the best of {tried} on rows cut from train ({seeds}, "
+        f"{how.steps:,} steps{rungs}): {chosen or 'none yet'}{_head_rate(group, how.head_learning_rate)}"
     )
 
 

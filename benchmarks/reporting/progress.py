@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from benchmarks.reporting.comparison import Endpoint
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.render import Table
 from benchmarks.reporting.views import NOT_AVAILABLE, count_runs, find_label, name_protocol, select_finished
 from benchmarks.statistics.intervals import mean_interval

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from benchmarks.reporting.comparison import Endpoint
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.render import Table
 from benchmarks.reporting.views import NOT_AVAILABLE, count_runs, name_protocol, select_finished
 from benchmarks.statistics.intervals import mean_interval

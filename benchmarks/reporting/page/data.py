@@ -15,7 +15,8 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks.records.frame import Results
 from benchmarks.records.schema import RunRecord
-from benchmarks.reporting.comparison import Endpoint, compare_all_pairs
+from benchmarks.reporting.comparison import compare_all_pairs
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.views import (
     find_tasks,
     is_baseline,

@@ -18,7 +18,8 @@ from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import MultiTaskModel, collate
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.schema import Likelihood
-from benchmarks.reporting.comparison import Endpoint, comparison_table
+from benchmarks.reporting.comparison import comparison_table
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.skill import skill_tables
 from benchmarks.tasks.base import TaskSpec
 from tests.support.record_factory import make_record

@@ -14,7 +14,7 @@ from scipy import stats
 
 import moepeft
 from benchmarks.mechanisms.command import run_mechanisms
-from benchmarks.mechanisms.experiments import Experiment, Tuning, available_experiments, load_experiment, shortened
+from benchmarks.mechanisms.experiments import Experiment, available_experiments, load_experiment, shortened
 from benchmarks.mechanisms.frame import Incomplete, follows_size, read_choices, read_frame
 from benchmarks.mechanisms.runs import Archive, Outcome, Run, execute, plan_run
 from benchmarks.mechanisms.students import Lesson
@@ -22,6 +22,7 @@ from benchmarks.mechanisms.suite import Suite
 from benchmarks.mechanisms.tables import interval, multiplier, pairs_table
 from benchmarks.mechanisms.teachers import Curriculum
 from benchmarks.mechanisms.tuning import choose_rate
+from benchmarks.protocols.halving import Halving
 from benchmarks.protocols.protocol import UsageError
 from benchmarks.run import main
 from moepeft.config import expert_sizes
@@ -34,7 +35,7 @@ TINY = Experiment(
     oracle="moelora",
     reference="lora",
     lesson=Lesson(steps=12, warmup=3, rows=8, exams=(6,), exam_rows=16),
-    tuning=Tuning(rates=(1e-3, 1e-2), seeds=(1000,), first_steps=4, extensions=1),
+    tuning=Halving(rates=(1e-3, 1e-2), seeds=(1000,), first_steps=4, extensions=1),
     seeds=(0, 1),
 )
 

@@ -18,7 +18,7 @@ from benchmarks.methods.parse import parse_method
 from benchmarks.plan.cells import expand
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.schema import Checkpoint
-from benchmarks.reporting.comparison import Endpoint
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.progress import progress_tables, steps_to
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
 from tests.support.record_factory import make_record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,14 @@ from benchmarks.methods.base import Method
 from benchmarks.methods.parse import parse_methods
 from benchmarks.plan.cells import PlannedCell, expand
 from benchmarks.plan.options import Options, parse_shard, resolve_suite
-from benchmarks.plan.tuning import chosen_rates, trial_cells, tuned_cells
+from benchmarks.plan.tuning import tune, tuned_cells
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite
 from benchmarks.records.comparable import group_records
 from benchmarks.records.identity import budget_differences
 from benchmarks.records.schema import RunRecord, Score, Tuning
 from benchmarks.records.store import Store
-from benchmarks.records.trials import Trials, mean_primary, read_trials, trial_store
+from benchmarks.records.trials import Trials, belongs, endpoint_score, trial_store
 from benchmarks.reporting.build import build_report
 from benchmarks.tasks.base import TaskData, TaskSpec
 from tests.support.record_factory import PROTOCOL, make_record
@@ -51,8 +51,13 @@ def trials(scores: Mapping[float, float | None]) -> Trials:
 # ---------------------------------------------------------------------- planning
 
 
-def test_every_method_that_trains_tries_the_same_rates_as_often():
-    cells = trial_cells(suite(tuning_steps=10), methods(), DATA)
+def trial_cells(root: Path, **fields: object) -> tuple[PlannedCell, ...]:
+    """What is to be tried while nothing has been."""
+    return tune(suite(**fields), methods(), DATA, Store(root)).trials
+
+
+def test_every_method_that_trains_tries_the_same_rates_as_often(tmp_path):
+    cells = trial_cells(tmp_path, tuning_steps=10)
     tried: dict[str, list[float]] = {}
     for planned in cells:
         own = planned.cell.protocol
@@ -65,13 +70,14 @@ def test_every_method_that_trains_tries_the_same_rates_as_often():
         assert planned.cell.protocol.head_learning_rate == (planned.cell.protocol.learning_rate if alone else 7e-3)
 
 
-def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported():
+def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported(tmp_path):
     def ids(**fields: object) -> set[str]:
-        return {planned.cell.id for planned in trial_cells(suite(**fields), methods(), DATA)}
+        return {planned.cell.id for planned in trial_cells(tmp_path, **fields)}
 
     assert ids(tuning_rates=(1e-3,)) < ids()
     assert ids(seeds=(0, 1, 2)) == ids(tuning_rates=sorted(RATES)) == ids()
-    assert not ids(tuning_seed=7) & ids()
+    assert not ids(tuning_seeds=(7,)) & ids()
+    assert ids() < ids(tuning_seeds=(1000, 1001))
     assert not ids(tuning_steps=5) & ids()
 
 
@@ -115,7 +121,7 @@ def record(planned: PlannedCell) -> RunRecord:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seeds": (0, 1000)}, "tuning_seed 1000 is among the reported seeds"),
+        ({"seeds": (0, 1000)}, "tuning_seeds 1000 is among the reported seeds"),
         ({"evaluate_on": "fold"}, "nothing is left to report"),
         ({"tuning_rates": (1e-3, 1e-3)}, "tuning_rates lists 0.001 twice"),
         ({"tuning_rates": (0.0,)}, "greater than 0"),
@@ -165,21 +171,54 @@ def test_an_undefined_metric_counts_as_no_skill():
         "a": Score(metrics={"accuracy": 0.6}, primary="accuracy", rows=10),
         "b": Score(metrics={"pearson": None, "spearman": 0.9}, primary="pearson", rows=10),
     }
-    assert mean_primary(made.model_copy(update={"scores": scores})) == pytest.approx(0.3)
-    assert mean_primary(made.model_copy(update={"scores": {}})) is None
+    assert endpoint_score(made.model_copy(update={"scores": scores})) == pytest.approx(0.3)
+    assert endpoint_score(made.model_copy(update={"scores": {}})) is None
+
+
+def make(store: Store, cells: Sequence[PlannedCell], score: Callable[[float], float], status: str = "ok") -> None:
+    """Enter trials into a store whose score depends on the rate alone."""
+    for planned in cells:
+        scored = Score(metrics={"accuracy": score(planned.cell.protocol.learning_rate)}, primary="accuracy", rows=9)
+        made = make_record("alpha")[0].model_copy(update={"scores": {"classes": scored}})
+        store.put(made.model_copy(update={"cell": planned.cell, "status": status}))
 
 
 def test_a_rate_is_chosen_when_all_trials_of_the_method_have_ended(tmp_path):
     store = Store(tmp_path)
-    cells = trial_cells(suite(), methods(), DATA)
-    for planned in cells:
-        made, _ = make_record("alpha", skill=0.5 + 100 * planned.cell.protocol.learning_rate)
-        if planned.cell.method == "ept" and planned.cell.protocol.learning_rate == 2e-3:
-            made = made.model_copy(update={"status": "interrupted"})
-        if planned.cell.method == "head" and planned.cell.protocol.learning_rate == 2e-3:
-            made = made.model_copy(update={"status": "diverged"})
-        store.put(made.model_copy(update={"cell": planned.cell}))
-    assert chosen_rates(cells, store) == {"head": 1e-3, "lora": 2e-3}
+    cells = trial_cells(tmp_path)
+    high = [planned for planned in cells if planned.cell.protocol.learning_rate == 2e-3]
+    make(store, cells, lambda rate: 0.5 + 100 * rate)
+    make(store, [planned for planned in high if planned.cell.method == "ept"], lambda _: 0.9, "interrupted")
+    make(store, [planned for planned in high if planned.cell.method == "head"], lambda _: 0.9, "diverged")
+    tuned = tune(suite(), methods(), DATA, store)
+    assert tuned.rates == {"head": 1e-3, "lora": 2e-3}
+    assert tuned.waiting == {"ept"}
+
+
+def test_rungs_and_the_grown_grid_are_asked_for_round_by_round(tmp_path):
+    store = Store(tmp_path)
+    found = suite(
+        tuning_rates=(3e-4, 1e-3, 3.2e-3, 1e-2), tuning_seeds=(1000, 1001), tuning_first_steps=5, tuning_steps=10,
+        tuning_extensions=2, schedule="constant", checkpoints=(20,),
+    )  # fmt: skip
+    lora = parse_methods(("lora",), num_tasks=1)["lora"]
+    made: set[str] = set()
+    asked = []
+    while (tuned := tune(found, [lora], DATA, store)).waiting:
+        new = [planned for planned in tuned.trials if planned.cell.id not in made]
+        made |= {planned.cell.id for planned in new}
+        asked.append({(planned.cell.protocol.steps, planned.cell.protocol.learning_rate) for planned in new})
+        assert {planned.cell.seed for planned in new} == {1000, 1001}
+        make(store, new, lambda rate: rate)
+    assert asked == [
+        {(5, rate) for rate in found.tuning_rates},
+        {(10, 3.2e-3), (10, 1e-2)},
+        {(10, 3.2e-2)},
+        {(10, 0.1)},
+    ]
+    assert tuned.rates == {"lora": 0.1}
+    (reported,) = tuned_cells(found, [lora], DATA, tuned.rates)
+    assert all(belongs(planned.cell, reported.cell) for planned in tuned.trials)
 
 
 # ---------------------------------------------------------------------- report
@@ -219,7 +258,7 @@ def test_the_report_shows_the_trials(tmp_path):
     assert "diverged" in lines["beta"]
     assert "20 steps and seed 1000" in table
     assert "a better one may lie beyond: head." in table
-    means = [mean_primary(one) for one in trial_store(tmp_path).all() if one.cell.method == "alpha"]
+    means = [endpoint_score(one) for one in trial_store(tmp_path).all() if one.cell.method == "alpha"]
     shown = [float(cell) for cell in lines["alpha"].split("|")[2:5]]
     assert all(any(score == pytest.approx(100 * mean, abs=0.051) for mean in means) for score in shown)
 
@@ -230,11 +269,3 @@ def build_without_tuning(root: Path) -> str:
     made, outcomes = make_record("alpha")
     Store(root).put(made, outcomes)
     return "".join(build_report(root).tables)
-
-
-def test_a_missing_trial_is_shown_as_missing():
-    made, _ = make_record("alpha", skill=0.7)
-    found = read_trials("alpha", {1e-3: made, 1e-2: None})
-    assert dict(found.statuses) == {1e-3: "ok", 1e-2: "missing"}
-    assert not found.complete
-    assert found.best == 1e-3

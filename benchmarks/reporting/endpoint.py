@@ -1,0 +1,44 @@
+"""What methods are compared by, as a protocol declares it before a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from benchmarks.protocols.protocol import Protocol
+from benchmarks.reporting.views import select_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What methods are compared by: a mean over tasks, declared by the protocol.
+
+    Attributes:
+        metric: ``skill``, or ``metric`` for the first one of every task.
+        tasks: that the mean is over; empty: all.
+    """
+
+    metric: Literal["metric", "skill"]
+    tasks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, protocol: Protocol) -> Endpoint:
+        """The declared one."""
+        return cls(protocol.endpoint, protocol.endpoint_tasks)
+
+    def select(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a long frame that the mean is over, one per run and task."""
+        scores = select_scores(frame)
+        rows = frame[frame["metric"] == "skill"] if self.metric == "skill" else scores[scores["primary"]]
+        return rows[rows["task"].isin(self.tasks)] if self.tasks else rows
+
+    @property
+    def words(self) -> str:
+        """For captions."""
+        what = "skill 1 - NLL / NLL(prior)" if self.metric == "skill" else "first metric"
+        return f"{what} over {', '.join(self.tasks)}" if self.tasks else f"{what} over all tasks"
+
+
+FIRST_METRIC = Endpoint("metric")
