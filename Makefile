@@ -14,10 +14,10 @@ quick: $(READY)  ## install, then train two methods on the embedded suite and pr
 	$(BIN)/python -m benchmarks.run --methods ept,tucka
 
 test: $(TOOLS) check  ## install, then lint, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "slow and not exhaustive"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 40 -m "slow and not exhaustive"
 
 test-exhaustive: $(DOCS)  ## every method, preset, host and phase: an hour and more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m exhaustive

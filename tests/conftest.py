@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 install_import_hook("moepeft", "tests.support.shapes.check")
 
 
-FIRST_HOST = "bert"
+FIRST_HOST, OTHER_HOSTS = "bert", ("llama", "t5")
 SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectures` and test-exhaustive do all
 
 
@@ -31,17 +32,21 @@ SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectur
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests run in minutes, which in CI, and which on demand alone (`make test-exhaustive`).
 
-    The product of methods, presets, hosts and phases has thousands of cases. Every method runs everywhere as
-    published, and every preset on one host; the rest of the product is exhaustive.
+    The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one host, and every
+    method as published on one more, in turn; the rest of the product is exhaustive.
     """
+    import moepeft  # after the hook below
+
     architectures = 0
+    second_host = dict(zip(moepeft.available(), itertools.cycle(OTHER_HOSTS), strict=False))
     for item in items:
         path, params = item.nodeid, getattr(getattr(item, "callspec", None), "params", {})
         spec, host = str(params.get("spec", "")), str(params.get("host", FIRST_HOST))
         other = ("@" in spec and not spec.endswith("@published")) or params.get("fast", True) is False
         exhaustive = False
         if "library/contract/" in path:
-            if other and host != FIRST_HOST:
+            named = spec.partition("@")[0]
+            if host != FIRST_HOST and (other or host != second_host.get(named, host)):
                 item.add_marker(pytest.mark.slow)
                 exhaustive = True
         elif "library/distributed/" in path:
