@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.plan.part import Part, Rerun
     from benchmarks.plan.study import Study
     from benchmarks.plan.tuning import Tuned
+    from benchmarks.protocols.protocol import Suite
     from benchmarks.records.store import Store
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -44,14 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = replace(options, shard=launched_shard())
     # Markdown tables and messages are printed as they are: no markup, no wrapping.
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    stderr = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
     try:
         with _as_usage_errors():
-            if options.suite == MECHANISMS:
-                from benchmarks.mechanisms.command import run_suite
-
-                return run_suite(options, console, " ".join([COMMAND, *words]))
-            return _resolve(options, console, " ".join([COMMAND, *words])).execute()
+            return _run(options, console, " ".join([COMMAND, *words]))
     except UsageError as error:
         stderr.print(f"error: {error}")
         return EXIT_USAGE
@@ -85,13 +82,24 @@ def _as_usage_errors() -> Iterator[None]:
         raise
 
 
-def _resolve(options: Options, console: Console, command: str) -> _Run:
+def _run(options: Options, console: Console, command: str) -> int:
+    from benchmarks.instruments.messages import library_messages
+
+    if options.suite == MECHANISMS:
+        from benchmarks.mechanisms.command import run_suite
+
+        with library_messages(options.results or Path("results") / MECHANISMS):
+            return run_suite(options, console, command)
     suite = resolve_suite(options)
     root = options.results or Path("results") / suite.name
     in_the_way = next((path for path in (root, *root.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way is not None:
         raise UsageError(f"--results {root}: {in_the_way} is a file; give a folder")
+    with library_messages(root):
+        return _resolve(options, suite, root, console, command).execute()
 
+
+def _resolve(options: Options, suite: Suite, root: Path, console: Console, command: str) -> _Command:
     from benchmarks.backbones.device import resolve_device
     from benchmarks.backbones.load import find_backbone
     from benchmarks.instruments.processor import prepare_device
@@ -102,11 +110,11 @@ def _resolve(options: Options, console: Console, command: str) -> _Run:
     prepare_device(device)
     store = Store(root)
     study = resolve_study(options, suite, source, device.type, store)
-    return _Run(options, study, source, device, store, console, command)
+    return _Command(options, study, source, device, store, console, command)
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _Command:
     """One command.
 
     Attributes:
@@ -163,14 +171,17 @@ class _Run:
             part = deal(tuned.trials, store, shard=shard, rerun=rerun, by_method=by_method)
             if not tuned.trials or (not part.due and not self.options.plan):
                 return tuned
-            if not self._plan_or_run(part, "trials"):
+            suite, names = self.study.suite, {one.cell.method for one in tuned.trials}
+            if not self._plan_or_run(
+                part, "trials", later=[(name, suite.steps) for name in names for _ in suite.seeds]
+            ):
                 return None
             if self.options.plan:
                 return tuned
             rerun = "missing"
 
-    def _plan_or_run(self, part: Part, what: str) -> bool:
-        """Print what is due of a part, or run it; False if the user stopped it."""
+    def _plan_or_run(self, part: Part, what: str, later: Sequence[tuple[str, int]] = ()) -> bool:
+        """Print what is due of a part, or run it, with `later` to come; False if the user stopped it."""
         if self.options.plan:
             for line in part.describe(what, self.options.shard):
                 self.console.print(line)
@@ -185,17 +196,34 @@ class _Run:
         scored_on = protocol.evaluate_on
         if scored_on not in self.benches:
             self.benches[scored_on] = prepare(self.study.data, protocol, self.source, self.device, self.command)
-        return run_cells(part.due, self.benches[scored_on], part.store, self.console, self.options.jobs)
+        return run_cells(
+            part.due, self.benches[scored_on], part.store, self.console, jobs=self.options.jobs, later=later
+        )
+
+    def _name_messages(self) -> Iterator[str]:
+        """Where other libraries' messages are, if there are any."""
+        from benchmarks.instruments.messages import FILE
+
+        if (self.store.root / FILE).is_file():
+            yield f"Warnings and messages of libraries: {self.store.root / FILE}"
 
     def _conclude(self, part: Part, *, complete: bool) -> int:
         """Print the tables, verify the budgets, choose the exit code."""
         from benchmarks.records.identity import budget_differences
         from benchmarks.records.trials import trial_store
         from benchmarks.reporting.build import write_report
+        from benchmarks.reporting.page.write import write_page
 
         store, say = self.store, self.console.print
+        closing: list[str] = []
         if complete:
-            say(write_report(store.root))
+            report = write_report(store.root)
+            say(report.markdown)
+            closing = [
+                *self._name_messages(),
+                *report.closing,
+                f"The page for a browser: {write_page(store.root, store.root / 'page')}",
+            ]
         ran = len(part.due)
         say(f"{ran} of {len(part.mine)} cells were run, {len(part.mine) - ran} were there already; {store.root}")
         if not complete:
@@ -208,6 +236,8 @@ class _Run:
             say(f"{record.cell.method} seed {record.cell.seed}: {record.status}: {record.reason}")
         if failed:
             say("failed cells are kept as rows; --rerun failed runs them again")
+        for line in closing:
+            say(line)
         return EXIT_CELL_FAILED if problems or failed else EXIT_OK
 
 

@@ -34,6 +34,9 @@ from benchmarks.tasks.base import TaskData
 from moepeft import Attachment
 from moepeft.counting import count_added_by_task
 
+OnStep = Callable[[int, float | None], None]
+"""Is told every step and the last task loss that is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
@@ -112,9 +115,7 @@ class _Findings:
         )
 
 
-def run_cell(
-    planned: PlannedCell, bench: Bench, on_step: Callable[[int], None]
-) -> tuple[RunRecord, pd.DataFrame | None]:
+def run_cell(planned: PlannedCell, bench: Bench, on_step: OnStep) -> tuple[RunRecord, pd.DataFrame | None]:
     """Run one cell to its record, whatever happens on the way; and its per-example outcomes if it got that far."""
     provenance = gather(bench.device, planned.cell.protocol.precision, bench.command)
     found = _Findings()
@@ -152,7 +153,7 @@ def run_cell(
     return record, None if evaluation is None else evaluation.outcomes
 
 
-def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: Callable[[int], None]) -> None:
+def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: OnStep) -> None:
     protocol = planned.cell.protocol
     planned.method.check()
     if not planned.method.needs_model:

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ from pebble import ProcessExpired, ProcessPool
 from rich.console import Console
 
 from benchmarks.cells import cell as cells
-from benchmarks.cells.cell import Bench
+from benchmarks.cells.cell import Bench, OnStep
+from benchmarks.cells.forecast import Forecast, Work, show_left, work_of
+from benchmarks.instruments.messages import send_messages
 from benchmarks.instruments.processor import prepare_device
 from benchmarks.plan.cells import PlannedCell
 from benchmarks.records.provenance import code_state, gather
@@ -33,51 +35,84 @@ from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store
 
 
-def run_cells(waiting: Sequence[PlannedCell], bench: Bench, store: Store, console: Console, jobs: int = 1) -> bool:
-    """Run cells and print a line for each; False if the user stopped it."""
+def run_cells(
+    waiting: Sequence[PlannedCell],
+    bench: Bench,
+    store: Store,
+    console: Console,
+    *,
+    jobs: int = 1,
+    later: Iterable[Work] = (),
+) -> bool:
+    """Run cells and print a line for each; False if the user stopped it.
+
+    Args:
+        waiting: the cells.
+        bench: what they share.
+        store: gets their records.
+        console: for the lines.
+        jobs: cells at once.
+        later: what the command will run after them; the time left counts it.
+    """
+    forecast = Forecast([*map(work_of, waiting), *later], jobs)
     if jobs > 1:
-        _run_beside(waiting, dataclasses.replace(bench, timed=False), store, console, jobs)
+        _run_beside(waiting, dataclasses.replace(bench, timed=False), store, console, forecast, jobs)
         return True
     for number, planned in enumerate(waiting, start=1):
         title = f"[{number}/{len(waiting)}] {planned.title}"
         start = time.perf_counter()
-        with _progress(title, planned.cell.protocol.steps, console) as on_step:
+        with _progress(title, planned, console, forecast) as on_step:
             record, outcomes = cells.run_cell(planned, bench, on_step)
         store.put(record, outcomes)
-        console.print(_line(title, record, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        forecast.note(planned, seconds)
+        console.print(_line(title, record, seconds, forecast))
         if record.status == "interrupted":
             return False
     return True
 
 
-def _line(title: str, record: RunRecord, seconds: float | None) -> str:
-    ending = record.status if record.reason is None else f"{record.status}: {record.reason}"
-    return f"{title}: {ending}" if seconds is None else f"{title}: {ending} ({seconds:.1f} s)"
+def _line(title: str, record: RunRecord, seconds: float | None, forecast: Forecast) -> str:
+    """A cell that ended: how, its steps and last loss, its seconds, and the time left for all."""
+    facts = [record.status if record.reason is None else f"{record.status}: {record.reason}"]
+    if record.curve:
+        last = record.curve[-1]
+        facts.append(f"{last.step} steps, loss {last.losses['task']:.3f}")
+    facts += [] if seconds is None else [f"{seconds:.1f} s"]
+    return f"{title}: {', '.join(facts)}; {show_left(forecast.find_left())}"
 
 
 @contextmanager
-def _progress(title: str, steps: int, console: Console) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, planned: PlannedCell, console: Console, forecast: Forecast) -> Iterator[OnStep]:
     """A bar on a terminal; nothing where output goes to a file, which gets one line per finished cell."""
     if not console.is_terminal:
-        yield lambda _: None
+        yield lambda *_: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}", markup=False),
     )
+    start = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=steps)
-        yield lambda step: bar.update(task, completed=step)
+        task = bar.add_task(title, total=planned.cell.protocol.steps, said="")
+
+        def on_step(step: int, loss: float | None) -> None:
+            left = show_left(forecast.find_left(planned, step, time.perf_counter() - start))
+            bar.update(task, completed=step, said=left if loss is None else f"loss {loss:.3f}, {left}")
+
+        yield on_step
 
 
 # ---------------------------------------------------------------------- several at once
 
 
-def _run_beside(waiting: Sequence[PlannedCell], bench: Bench, store: Store, console: Console, jobs: int) -> None:
+def _run_beside(
+    waiting: Sequence[PlannedCell], bench: Bench, store: Store, console: Console, forecast: Forecast, jobs: int
+) -> None:
     """Run cells in worker processes, at most `jobs` at once.
 
     Raises:
@@ -105,7 +140,8 @@ def _run_beside(waiting: Sequence[PlannedCell], bench: Bench, store: Store, cons
                 record = store.put(_death(planned, bench, seconds.exitcode))
             assert record is not None
             took = None if isinstance(seconds, ProcessExpired) else seconds
-            console.print(_line(f"[{number}/{len(waiting)}] {planned.title}", record, took))
+            forecast.note(planned, took or 0.0)
+            console.print(_line(f"[{number}/{len(waiting)}] {planned.title}", record, took, forecast))
     finally:
         # After Ctrl-C the cells that ran have no record: they were neither finished nor did they fail.
         pool.stop()  # type: ignore[no-untyped-call]
@@ -166,6 +202,7 @@ def _enter(bench: Bench, root: Path, threads: int) -> None:
 
     global _worker  # noqa: PLW0603 - a process of its own
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that half-written files are removed
+    send_messages(root)
     torch.set_num_threads(threads)
     prepare_device(bench.device)
     transformers.utils.logging.disable_progress_bar()
@@ -178,7 +215,7 @@ def _work(planned: PlannedCell) -> float:
     assert _worker is not None
     start = time.perf_counter()
     try:
-        _worker.store.put(*cells.run_cell(planned, _worker.bench, lambda _: None))
+        _worker.store.put(*cells.run_cell(planned, _worker.bench, lambda *_: None))
     except SystemExit:
         os._exit(1)  # the pool would take the exception for the task's result and hand out the next one
     return time.perf_counter() - start

@@ -185,7 +185,7 @@ def train(
     protocol: Protocol,
     seed: int,
     log: TrainingLog,
-    on_step: Callable[[int], None],
+    on_step: Callable[[int, float | None], None],
     examine: Callable[[int, float], Checkpoint],
 ) -> None:
     """Train to the end of `batches`, noting the curve in `log`.
@@ -196,7 +196,7 @@ def train(
         protocol: of the cell.
         seed: of the cell.
         log: gets the curve, the checkpoints and the seconds.
-        on_step: called after every step.
+        on_step: called after every step, with the task loss of the last point that has come from the device.
         examine: scores the model after this step and so many seconds of training; its own seconds count for nothing.
 
     Raises:
@@ -216,7 +216,7 @@ def train(
             values = reader.watch(step, losses, norm)
             if step == 1 or step % protocol.log_every == 0 or step == protocol.steps:
                 reader.note(step, rate, tuple(losses), values)
-            on_step(step)
+            on_step(step, log.curve[-1].losses["task"] if log.curve else None)
             if step in protocol.examinations:
                 synchronise(device)
                 log.seconds += time.perf_counter() - start

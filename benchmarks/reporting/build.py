@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.records.comparable import Group
 from benchmarks.records.frame import Results
 from benchmarks.records.store import replacing
+from benchmarks.reporting.closing import tell_limits
 from benchmarks.reporting.comparison import comparison_table
 from benchmarks.reporting.endpoint import FIRST_METRIC, Endpoint
 from benchmarks.reporting.figures.plan import plan_figures
@@ -26,6 +27,7 @@ from benchmarks.reporting.scores import scores_table
 from benchmarks.reporting.skill import skill_tables
 from benchmarks.reporting.throughput import throughput_table
 from benchmarks.reporting.tuning import tuning_tables
+from benchmarks.reporting.views import choose_reference
 from benchmarks.statistics.intervals import EQUIVALENCE_BAND
 
 RESULTS = Path("results")
@@ -42,14 +44,16 @@ class Report:
     Attributes:
         tables: bytes by path relative to the results folder.
         figures: what draws an SVG, by path relative to the results folder.
-        markdown: all tables, as printed after a run.
+        markdown: all tables, as printed after a run: the comparison last.
         scores: the table of scores alone, per protocol.
+        closing: what the tables can tell and cannot, a line per protocol.
     """
 
     tables: dict[str, bytes]
     figures: Mapping[str, Callable[[], bytes]]
     markdown: str
     scores: str
+    closing: tuple[str, ...]
 
 
 def build_report(root: Path, reference: str | None = None) -> Report:
@@ -57,7 +61,8 @@ def build_report(root: Path, reference: str | None = None) -> Report:
 
     Args:
         root: the results folder.
-        reference: method that scores and step times are compared with; None takes the protocol's own, if it has one.
+        reference: method that scores and step times are compared with; None takes the protocol's own or, where that
+            one did not run, the first method that did.
     """
     results = Results.load(root)
     frame, groups = results.frame(), results.groups()
@@ -75,11 +80,15 @@ def build_report(root: Path, reference: str | None = None) -> Report:
         for name, drawing in plan_figures(frames[group.key], group).items()
     }
     parts = [f"## {_relative(root)}\n"]
+    closing = []
     for group, tables in by_group:
-        parts += [to_markdown(table) for table in tables]
+        compared = next((table for table in tables if table.name == "comparison"), None)
+        parts += [to_markdown(table) for table in tables if table is not compared]
         parts.append("".join(f"- {line}\n" for line in group_caption(group)))
+        parts += [] if compared is None else [to_markdown(compared)]
+        closing.append(tell_limits(group, compared))
     scores = "\n".join(to_markdown(table) for _, tables in by_group for table in tables if table.name == "scores")
-    return Report(files, figures, "\n".join(parts), scores)
+    return Report(files, figures, "\n".join(parts), scores, tuple(closing))
 
 
 def make_tables(
@@ -112,11 +121,11 @@ def make_tables(
     ]
 
 
-def write_report(root: Path, reference: str | None = None) -> str:
-    """Write tables and figures of the records under `root`, and return the Markdown of the tables."""
+def write_report(root: Path, reference: str | None = None) -> Report:
+    """Write tables and figures of the records under `root`."""
     report = build_report(root, reference)
     write_files(root, report)
-    return report.markdown
+    return report
 
 
 def write_files(root: Path, report: Report) -> None:
@@ -152,7 +161,7 @@ def _draw(drawing: Callable[[], Figure], header: str) -> bytes:
 
 
 def _tables(group: Group, frame: pd.DataFrame, results: Results, reference: str | None) -> list[Table]:
-    name, band = reference or group.protocol.reference, group.protocol.equivalence_band / 100
+    name, band = reference or choose_reference(frame, group.protocol.reference), group.protocol.equivalence_band / 100
     endpoint = Endpoint.of(group.protocol)
     return make_tables(frame, lambda: results.outcomes(group.key), name, band, endpoint)
 

@@ -70,6 +70,19 @@ def find_label(runs: pd.DataFrame, method: str) -> str | None:
     return labels[0] if len(labels) == 1 else None
 
 
+def choose_reference(frame: pd.DataFrame, wanted: str | None) -> str | None:
+    """`wanted` if it ran; else the first method that ended well, so that whatever was asked for is compared."""
+    runs = count_runs(frame)
+    if wanted is not None and find_label(runs, wanted) is not None:
+        return wanted
+    trained = (
+        str(label)
+        for label in runs.index
+        if runs.loc[label, "finished"] and not is_baseline(str(runs.loc[label, "method"]))
+    )
+    return next(trained, None)
+
+
 def pivot_costs(frame: pd.DataFrame) -> pd.DataFrame:
     """Numbers of whole runs: one row per finished run, indexed by label and seed, a column per metric."""
     rows = select_finished(frame)

@@ -148,12 +148,11 @@ def average_curves(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def compare_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame, endpoint: Endpoint) -> list[dict[str, Any]]:
-    """Every pair of methods, p-values adjusted by Holm over all pairs. Baselines are left out."""
-    found = [
-        (first, second, difference)
-        for first, second, difference in compare_all_pairs(frame, outcomes, endpoint)
-        if difference.seeds > 1
-    ]
+    """Every pair of methods, p-values adjusted by Holm over all pairs. Baselines are left out.
+
+    A pair of one seed is never decided: its interval does not know the noise of training.
+    """
+    found = compare_all_pairs(frame, outcomes, endpoint)
     if not found:
         return []
     adjusted = multipletests([difference.p_value for *_, difference in found], method="holm")[1]
@@ -164,7 +163,8 @@ def compare_pairs(frame: pd.DataFrame, outcomes: pd.DataFrame, endpoint: Endpoin
             "difference": round(100 * difference.estimate, 2),
             "half": round(100 * difference.half_width, 2),
             "p": float(p),
-            "decided": bool(p < 0.05),
+            "decided": bool(p < 0.05 and difference.seeds > 1),
+            "seeds": difference.seeds,
         }
         for (first, second, difference), p in zip(found, adjusted, strict=True)
     ]

@@ -14,10 +14,10 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def write_page(results: Path, target: Path) -> Path:
-    """Write the page of all results folders below `results`.
+    """Write the page of one results folder, or of all those below `results`.
 
     Args:
-        results: holds a folder per suite, and ``mechanisms``, ``speed`` and ``tables`` if they were made.
+        results: has records, or holds a folder per suite, and ``mechanisms``, ``speed`` and ``tables`` if they exist.
         target: folder of the page; what stands there of an earlier page is replaced.
 
     Returns:
@@ -26,7 +26,8 @@ def write_page(results: Path, target: Path) -> Path:
     Raises:
         RecordError: a record is damaged.
     """
-    folders = sorted(path.parent for path in results.glob("*/records"))
+    own = results / "records"
+    folders = [results] if own.is_dir() else sorted(path.parent for path in results.glob("*/records"))
     page = {
         "suites": gather_suites(folders),
         "records": gather_records(folders),

@@ -52,7 +52,7 @@ def bench() -> Bench:
 
 def run(method: Method, bench: Bench, **fields: object) -> tuple[RunRecord, bool]:
     (planned,) = expand(PROTOCOL, (method,), DATA, (0,), **fields)
-    record, outcomes = run_cell(planned, bench, lambda _: None)
+    record, outcomes = run_cell(planned, bench, lambda *_: None)
     assert record.cell == planned.cell
     assert record.sources == {"classes": "hand-made"}
     return record, outcomes is not None

@@ -101,7 +101,7 @@ def test_latex_escapes_what_latex_would_read(tmp_path):
 def test_pipes_do_not_break_a_markdown_row(tmp_path):
     store = Store(tmp_path)
     store.put(*make_record("a|b"))
-    assert r"a\|b" in write_report(tmp_path)
+    assert r"a\|b" in write_report(tmp_path).markdown
 
 
 # ---------------------------------------------------------------------- check, README, difference, command line

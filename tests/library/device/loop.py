@@ -93,7 +93,7 @@ class Cell:
             trainer = make_trainer(model, model.attachment, self.protocol)
 
             def loop() -> None:
-                def on_step(step: int) -> None:
+                def on_step(step: int, _: float | None) -> None:
                     found[f"step {step}"] = {"error": None, "waits": dict(device.waits)}
                     device.waits.clear()
 
