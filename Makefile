@@ -39,7 +39,7 @@ check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile $(CONSTRAINTS) -e ".[bench,offline]"
+	$(BIN)/python -m pip install -qq --no-compile $(CONSTRAINTS) -e ".[bench,offline]"
 	touch $@
 
 $(TOOLS): $(READY)

@@ -13,13 +13,13 @@ from benchmarks.protocols.protocol import Suite, load_suite
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train methods under one protocol and write tables of parameters, scores and speed."""
+class Compared:
+    """Methods, tasks and the model."""
 
     methods: tuple[str, ...] = ("all",)
     """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
-    can do without; path/to/file.py:Class for one of your own; `full` fine-tuning. The rows
-    `majority` and `head` (`bare` for text answers) are always there."""
+    can do without; path/to/file.py:Class for one of your own; peft:NAME; `full` fine-tuning. The rows `majority` and
+    `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML. mechanisms: students of
     teachers with known truth; its tasks are experiments, and of the flags it knows methods, tasks, seeds, steps, jobs,
@@ -31,8 +31,14 @@ class Options:
     backbone: str | None = None
     """minilm, deberta-v3-base, t5-base, llama-2-7b, a hub id (with or without @revision), a local folder, or for
     tests tiny-bert, tiny-t5, tiny-llama."""
-    results: Path | None = None
-    """Folder for records and tables; default: results/<suite>."""
+    reference: str | None = None
+    """Method that scores and speed are compared with, e.g. the full one among its ablations."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The budget, equal for all methods."""
+
     seeds: tuple[int, ...] | None = None
     """Comma-separated seeds, e.g. 0,1,2."""
     steps: int | None = None
@@ -45,19 +51,31 @@ class Options:
     """Comma-separated learning rates, e.g. 2e-4,5e-4,1e-3,2e-3, or none: every method tries all of them on rows
     cut from the training rows, with a seed of its own for that, and is reported at its best one."""
     tune_steps: int | None = None
-    """Optimiser steps of such a trial; default: as many as the reported runs have."""
+    """Optimiser steps of such a trial; unset: as many as the reported runs have."""
     track: Literal["as-published", "matched"] | None = None
     """matched: choose every method's rank so that all have as many parameters as the reference method."""
     target_parameters: int | None = None
     """Trainable adapter numbers of the matched track, instead of the reference method's."""
-    reference: str | None = None
-    """Method that scores and speed are compared with, e.g. the full one among its ablations."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Texts and the rows that are scored."""
+
     eval_rows: int | None = None
     """Score at most this many rows per task, a seeded subset that is the same for all methods."""
     evaluate_on: Literal["reported", "fold"] | None = None
     """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
     task_prefix: bool = False
     """Begin every text with its task's name: a control that tells the task to methods without task embeddings."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in which order cells run; no part of what a cell gives, but for the precision."""
+
+    results: Path | None = None
+    """Folder for records and tables; unset: results/<suite>."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; no part of a cell's identity."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
@@ -71,6 +89,22 @@ class Options:
     """Cells at once, each in a process with its part of the cores. Without timing pass if there are several."""
     plan: bool = False
     """Print the cells and which are done, then stop."""
+
+
+@dataclass(frozen=True)
+class Options(Machine, Scoring, Training, Compared):
+    """Train methods under one protocol and write tables of parameters, scores and speed.
+
+    Examples:
+      python -m benchmarks.run --methods lora,ept --steps 50
+          two methods on the quick suite, offline
+      python -m benchmarks.run --methods lora,ept,moelora --tasks reviews.toml,q_rte
+          data of your own beside a task of the suite
+      python -m benchmarks.run --methods lora,mine.py:Mine --backbone path/to/model
+          a method and a model of your own
+      python -m benchmarks.run --suite glue --seeds 0,1,2 --jobs 2 --plan
+          what a study would run, and what of the study is done
+    """
 
 
 def resolve_suite(options: Options) -> Suite:

@@ -128,7 +128,10 @@ def parse(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any
     command = importlib.import_module(f"{module}.__main__" if module in packages else module)
     monkeypatch.setattr(sys, "argv", [module, *words])
     with monkeypatch.context() as patch:
-        patch.setattr(tyro, "cli", stopping(tyro.cli))
+        if hasattr(command, "parse_flags"):
+            patch.setattr(command, "parse_flags", stopping(command.parse_flags))
+        else:
+            patch.setattr(tyro, "cli", stopping(tyro.cli))
         patch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
         with pytest.raises(Parsed) as parsed:
             command.main()

@@ -53,3 +53,41 @@ def test_help_shows_a_default_as_it_is_written(capsys: pytest.CaptureFixture[str
         parse_flags(Options, ["--help"], "command")
     assert stopped.value.code == 0
     assert "{train,decode},..." in capsys.readouterr().out
+
+
+@dataclass
+class Size:
+    """How large."""
+
+    rows: int = 3
+    """Rows."""
+    rank: int | None = None
+    """Rank."""
+
+
+@dataclass
+class WhatIsRead:
+    """Where from."""
+
+    names: tuple[str, ...] | None = None
+    """Names."""
+
+
+@dataclass
+class Grouped(Size, WhatIsRead):
+    """Do it.
+
+    Examples:
+    command --rows 4
+    """
+
+
+def test_bases_are_groups_of_the_help_and_one_set_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_flags(Grouped, ["--names", "a,b", "--rank", "2"], "command") == Grouped(names=("a", "b"), rank=2)
+    assert parse_flags(Grouped, [], "command") == Grouped()
+    with pytest.raises(SystemExit):
+        parse_flags(Grouped, ["--help"], "command")
+    printed = capsys.readouterr().out
+    assert printed.index("command --rows 4") < printed.rindex("--names STR,...") < printed.rindex("--rank INT")
+    assert printed.index("Where from.") < printed.index("How large.")
+    assert "None" not in printed
