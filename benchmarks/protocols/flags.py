@@ -37,7 +37,8 @@ def parse_flags(options: type[T], words: Sequence[str], command: str) -> T:
     without_prefix: Any = tyro.conf.OmitArgPrefixes
     flags = [(_title(group), without_prefix[group], field(default_factory=group)) for group in groups]
     grouped = make_dataclass(options.__name__, flags)
-    found: Any = tyro.cli(grouped, args=words, prog=command, description=cleandoc(options.__doc__ or ""), registry=_REGISTRY)
+    said = cleandoc(options.__doc__ or "")
+    found: Any = tyro.cli(grouped, args=words, prog=command, description=said, registry=_REGISTRY)
     parts = [getattr(found, _title(group)) for group in groups]
     return options(**{one.name: getattr(part, one.name) for part in parts for one in fields(part)})
 
