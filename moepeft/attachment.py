@@ -14,6 +14,7 @@ from . import building, merging, saving, trained
 from .counting import ParameterCount, count_parameters
 from .errors import AuxLossDetached, Unsupported
 from .given import checked_ids, checked_masks
+from .growing import add_tasks
 from .hooks import leave
 from .protocols import AdapterFactory
 from .runtime import Runtime
@@ -248,6 +249,17 @@ class Attachment:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
         """
         saving.restore(self.state, Path(folder))
+
+    def add_tasks(self, number: int) -> None:
+        """Make room for `number` more tasks, after those that there are.
+
+        Nothing changes for the old tasks. A new task begins as one does after `attach`: with drawn rows in the task
+        tables, beside the trained experts. Parameters that grew are new ones, so make the optimiser anew.
+
+        Raises:
+            Unsupported: the method knows no tasks, the adapters are merged, or they are sharded.
+        """
+        add_tasks(self.state, number)
 
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""

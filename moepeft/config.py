@@ -126,6 +126,17 @@ class MethodConfig:
         known = {field.name for field in dataclasses.fields(self)}
         return dataclasses.replace(self, num_tasks=number) if "num_tasks" in known else self  # type: ignore[call-arg]
 
+    def with_more_tasks(self, number: int) -> Self:
+        """The same configuration for `number` tasks, of which the first compute what they do without the others.
+
+        A field `factor_tasks` holds the T of a method with a factor 1 / T, and keeps the value of before.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        if "factor_tasks" not in known:
+            return self.with_tasks(number)
+        kept = getattr(self, "factor_tasks", None) or task_number(self)
+        return dataclasses.replace(self, num_tasks=number, factor_tasks=kept)  # type: ignore[call-arg]
+
     def with_experts(self, number: int) -> Self:
         """The same configuration with `number` experts per site.
 
@@ -149,6 +160,13 @@ def with_tasks(factory: AdapterFactory, number: int) -> AdapterFactory:
         return changed
     known = task_number(factory) is not None
     return dataclasses.replace(factory, num_tasks=number) if known else factory  # type: ignore[type-var]
+
+
+def with_more_tasks(factory: AdapterFactory, number: int) -> AdapterFactory:
+    """`MethodConfig.with_more_tasks` of any factory."""
+    own = getattr(factory, "with_more_tasks", None)
+    changed: AdapterFactory = with_tasks(factory, number) if own is None else own(number)
+    return changed
 
 
 def with_experts(factory: AdapterFactory, number: int) -> AdapterFactory:

@@ -79,7 +79,7 @@ class EPT(MethodConfig):
         kernel_init: start of the kernels.
         seed_init: start of A and B; zero is that of B alone, and needs kernels that do not start at zero.
         seed_width: of A and B: in and out over the smallest kernel, or half of them, as the release.
-        dimension_factor: s / T, s_min / s, or none.
+        dimension_factor: s / T, s_min / s, or none; `factor_tasks` is the T of s / T, by default `num_tasks`.
         contrastive: coefficient of the contrastive loss.
         contrastive_sites: which sites give a term to it; the loss is their mean.
         temperature: its temperature.
@@ -124,10 +124,11 @@ class EPT(MethodConfig):
     temperature: float = 0.05
     anchor: Literal["mean", "first"] = "mean"
     dropout: float = 0.0
+    factor_tasks: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("EPT", "rank", self.rank)
-        check_count("EPT", "num_tasks", self.num_tasks)
+        for field in ("rank", "num_tasks", *(("factor_tasks",) if self.factor_tasks is not None else ())):
+            check_count("EPT", field, getattr(self, field))
         if not self.kernels:
             raise ConfigError("EPT: kernels is empty, wanted the kernel size of every expert, e.g. (2, 2, 4, 4)")
         for size in self.kernels:
@@ -173,8 +174,8 @@ class EPT(MethodConfig):
     @property
     def factors(self) -> tuple[float, ...]:
         """f_e of every scale: alpha / r times the dimension factor."""
-        scale, smallest = self.alpha / self.rank, self.scales[0]
-        readings = ({"tasks": s / self.num_tasks, "seed": smallest / s, "none": 1.0} for s in self.scales)
+        scale, smallest, T = self.alpha / self.rank, self.scales[0], self.factor_tasks or self.num_tasks
+        readings = ({"tasks": s / T, "seed": smallest / s, "none": 1.0} for s in self.scales)
         return tuple(scale * of_scale[self.dimension_factor] for of_scale in readings)
 
     @property

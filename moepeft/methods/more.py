@@ -73,6 +73,7 @@ class MoRE(MethodConfig):
         temperature: its temperature.
         anchor: a row's summary in it: mean over real tokens, or position 0.
         dropout: probability of dropping an input feature of the adapter while training.
+        factor_tasks: |T| of the factor m_t / |T|; None: `num_tasks`.
     """
 
     name: ClassVar[str] = "more"
@@ -105,9 +106,12 @@ class MoRE(MethodConfig):
     temperature: float = 0.05
     anchor: Literal["mean", "first"] = "mean"
     dropout: float = 0.0
+    factor_tasks: int | None = None
 
     def __post_init__(self) -> None:
         check_count("MoRE", "rank", self.rank)
+        if self.factor_tasks is not None:
+            check_count("MoRE", "factor_tasks", self.factor_tasks)
         check_count("MoRE", "num_tasks", self.num_tasks)
         if self.rank_experts is not None:
             check_count("MoRE", "rank_experts", self.rank_experts)
@@ -163,7 +167,7 @@ class MoRE(MethodConfig):
             return used * term.square(), 1 / 64
         if self.scaling == "none":
             return used, 1.0
-        return used * rank, 1 / (self.num_tasks if self.scaling == "tasks" else self.rank)
+        return used * rank, 1 / (self.factor_tasks or self.num_tasks if self.scaling == "tasks" else self.rank)
 
 
 @has_fast_path(_fast.term_weights)

@@ -58,7 +58,8 @@ class FrozenChoice(nn.Module):
         if not self._map_known:
             # Only the first forward (or the first after a load) looks at values: later ones do not synchronise.
             if bool((self.task_map < 0).any()):
-                self.task_map.copy_(self.gate(self.task_embedding).argmax(dim=-1))
+                chosen = self.gate(self.task_embedding).argmax(dim=-1)
+                self.task_map.copy_(torch.where(self.task_map < 0, chosen, self.task_map))
             self._map_known = True
         return self.task_map
 
