@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import moepeft
 from benchmarks.methods.base import Method
@@ -21,9 +23,9 @@ def parse_methods(names: Sequence[str], *, num_tasks: int, has_heads: bool = Tru
     """Methods by the name they were asked for, the baselines that always run first.
 
     Args:
-        names: with or without ``@preset``; ``all`` stands for every registered method,
-            ``NAME@ablations`` for a method with everything that it declares can be left out or changed,
-            ``peft:NAME`` for one of the peft package, ``path/to/file.py:Class`` for one of one's own.
+        names: with or without ``@preset`` and fields (``lora@rank=16``, ``tucka@released+routing=row``); ``all`` stands
+            for every registered method, ``NAME@ablations`` for a method with everything that it declares can be left
+            out or changed, ``peft:NAME`` for one of the peft package, ``path/to/file.py:Class`` for one of one's own.
         num_tasks: number of tasks of the protocol.
         has_heads: whether heads answer. Where answers are text there are none to train alone, but the bare model
             can be scored.
@@ -50,7 +52,24 @@ def parse_method(name: str, num_tasks: int) -> Method:
         return PeftMethod.parse(name, num_tasks)
     if SUFFIX in name:
         return load_own_method(name, num_tasks)
-    return Moepeft(name, moepeft.method(name, num_tasks=num_tasks))
+    spec, fields = _split_fields(name)
+    return Moepeft(name, moepeft.method(spec, num_tasks=num_tasks, **fields))
+
+
+def _split_fields(name: str) -> tuple[str, dict[str, Any]]:
+    """``name@preset+field=value+...`` as ``name@preset`` and the fields; values are JSON, or plain words."""
+    method, _, rest = name.partition("@")
+    parts = [part for part in rest.split("+") if part]
+    presets = [part for part in parts if "=" not in part]
+    fields = dict(part.split("=", 1) for part in parts if "=" in part)
+    return "@".join([method, *presets]), {field: _value(text) for field, text in fields.items()}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _expand(name: str) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ class Compared:
     """Methods, tasks and the model."""
 
     methods: tuple[str, ...] = ("all",)
-    """Comma-separated methods, each with or without @preset; `all` registered ones; NAME@ablations for one and what it
-    can do without; path/to/file.py:Class for one of your own; peft:NAME; `full` fine-tuning. The rows `majority` and
-    `head` (`bare` for text answers) are always there."""
+    """Comma-separated methods, each with or without @preset and fields, e.g. lora@rank=16; `all` registered ones;
+    NAME@ablations for one and what it can do without; path/to/file.py:Class for one of your own; peft:NAME; `full`
+    fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML. mechanisms: students of
     teachers with known truth; its tasks are experiments, and of the flags it knows methods, tasks, seeds, steps, jobs,
@@ -64,6 +64,8 @@ class Scoring:
 
     eval_rows: int | None = None
     """Score at most this many rows per task, a seeded subset that is the same for all methods."""
+    official_splits: bool = False
+    """Test on the official rows, also where the suite fills small test sets from the training rows."""
     evaluate_on: Literal["reported", "fold"] | None = None
     """fold: score rows cut from the training rows instead of the reported ones, to choose a setting by."""
     task_prefix: bool = False
@@ -120,8 +122,12 @@ def resolve_suite(options: Options) -> Suite:
     rates = () if options.tune == "none" else options.tune
     if options.learning_rate is not None and (suite.tuning_rates if rates is None else rates):
         raise UsageError("--learning-rate and tuned rates exclude each other; --tune none gives one rate to all")
+    tasks = _known_tasks(suite.tasks if options.tasks is None else options.tasks)
+    if options.official_splits:
+        suite = suite.model_copy(update={"test_rows": None})
     return suite.with_overrides(
-        tasks=_known_tasks(suite.tasks if options.tasks is None else options.tasks),
+        tasks=tasks,
+        endpoint_tasks=tuple(name for name in suite.endpoint_tasks if name in tasks),
         seeds=options.seeds,
         backbone=options.backbone,
         steps=options.steps,

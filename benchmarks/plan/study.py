@@ -19,6 +19,7 @@ from benchmarks.protocols.protocol import Suite
 from benchmarks.records.store import Store
 from benchmarks.tasks import load_task
 from benchmarks.tasks.base import TaskData
+from benchmarks.tasks.resplit import resplit
 from moepeft.errors import UnknownMethod
 
 
@@ -72,6 +73,8 @@ def resolve_study(options: Options, suite: Suite, source: BackboneSource, device
     precision = resolve_precision(suite.precision, device_type)
     suite, methods = apply_track(suite.with_overrides(backbone=source.identity, precision=precision), methods, source)
     data = tuple(load_task(name, data_dir=options.data_dir) for name in suite.tasks)
+    if suite.test_rows is not None:
+        data = tuple(resplit(task, suite.test_rows) for task in data)
     # The tasks of own data were paths until here.
     return Study(suite.with_overrides(tasks=tuple(task.spec.name for task in data)), methods, data)
 

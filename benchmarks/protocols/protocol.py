@@ -78,6 +78,7 @@ class Protocol(Frozen):
             "head_start",
             "head_start_rows",
             "schedule",
+            "test_rows",
             "warmup",
         }
     )
@@ -138,6 +139,9 @@ class Protocol(Frozen):
     max_length: Annotated[int, Field(ge=8)] = 128
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
+    )
+    test_rows: PositiveInt | None = Field(
+        default=None, description="test sets of fewer rows are filled from the training rows; None: official splits"
     )
     eval_rows: PositiveInt | None = Field(default=None, description="the same for the reported rows")
     evaluate_on: Literal["reported", "fold"] = Field(

@@ -39,6 +39,8 @@ def _protocol_line(group: Group) -> str:
     parts.append(f"{protocol.steps:,} steps of {protocol.batch_size:,} rows")
     if protocol.train_rows is not None:
         parts.append(f"trained on at most {protocol.train_rows:,} rows per task")
+    if protocol.test_rows is not None:
+        parts.append(f"not the official splits: test sets of fewer than {protocol.test_rows:,} rows filled from train")
     if protocol.eval_rows is not None:
         parts.append(f"scored on at most {protocol.eval_rows:,} rows per task")
     if protocol.task_prefix:
