@@ -10,7 +10,7 @@ from torch import nn
 
 from . import building, saving
 from .attachment import Attachment, attachment
-from .errors import AlreadyAttached, Unsupported
+from .errors import AlreadyAttached, ConfigError, Unsupported
 from .hooks import install
 from .protocols import AdapterFactory
 from .shards import is_sharded
@@ -44,11 +44,17 @@ def attach(
             module, and a new head that stays frozen is warned of.
 
     Raises:
+        ConfigError: `factory` is a name or a class in place of a configured method.
         NoMatchingSite: `sites`, `exclude` or `train` matches nothing.
         Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
             was not given, or its weights are sharded already.
         AlreadyAttached: the model has adapters.
     """
+    if isinstance(factory, type) or not isinstance(factory, AdapterFactory):
+        raise ConfigError(
+            f"factory={factory!r} is no configured method: give one, such as moepeft.LoRA(rank=8) or "
+            "moepeft.method('lora', rank=8)"
+        )
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise Unsupported(
             "the model's weights are sharded, and its processes would train other adapters each: attach first, then "

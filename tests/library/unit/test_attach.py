@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import peft
 import pytest
@@ -13,7 +15,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 import moepeft
-from moepeft.errors import AlreadyAttached, MissingRouting, NotMergeable, Unsupported
+from moepeft.errors import AlreadyAttached, ConfigError, MissingRouting, NotMergeable, Unsupported
 from tests.support.hosts import HOSTS, batch, build, output
 
 IDS = torch.arange(4)
@@ -188,3 +190,12 @@ def test_compiles_without_a_graph_break_for_rows_and_lengths_that_change(words: 
     command = [sys.executable, "-m", "tests.support.compiles", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("factory", ["ept", moepeft.LoRA, None, {"rank": 8}])
+def test_what_is_no_configured_method_is_refused_before_the_model_is_touched(factory: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    attach = inspect.unwrap(moepeft.attach)  # users have no checks of types, which the tests put before it
+    with pytest.raises(ConfigError, match="no configured method"):
+        attach(model, factory)
+    assert all(parameter.requires_grad for parameter in model.parameters())
