@@ -44,7 +44,7 @@ def attach(case: WholeCase, plan: Plan, **fields: Any) -> moepeft.Attachment:
     inside = {f"{block}.{last}_proj" for block in case.blocks for last in ("gate", "up", "down")}
     chosen = inside.union(case.sites)
     factory = moepeft.method(f"{case.method}@released", **{**plan.fields, **fields})
-    adapters = moepeft.attach(model, factory, sites=lambda site: site.name in chosen)
+    adapters = moepeft.attach(model, factory, sites=lambda site: site.name in chosen, train=[])
     adapted = {site.name for site in adapters.sites}
     if adapted != chosen:
         raise ValueError(f"adapted other layers than the release: {sorted(adapted ^ chosen)}")
