@@ -247,8 +247,27 @@ class Attachment:
 
         Raises:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
+            NotMergeable: the adapters are merged.
         """
         saving.restore(self.state, Path(folder))
+
+    def switch(self, folder: str | Path) -> None:
+        """Serve other trained adapters of the same method, configuration and sites: their values replace these.
+
+        Merged adapters are merged again, with the new values and for the same task. On an error all is as it was.
+
+        Raises:
+            AdapterFileError: the files are damaged or for other adapters.
+            NotMergeable: the adapters were merged with ``keep=False``.
+        """
+        merged, task = self.merged, self.state.merged_task
+        if merged:
+            self.unmerge()
+        try:
+            self.restore(folder)
+        finally:
+            if merged:
+                self.merge(task=task)
 
     def add_tasks(self, number: int) -> None:
         """Make room for `number` more tasks, after those that there are.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterFileError
+from .errors import AdapterFileError, NotMergeable
 from .files import check_values, read_json, read_tensors, replacing, write_tensors
 from .protocols import AdapterFactory
 from .registry import from_config
@@ -107,6 +107,8 @@ def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
 
 def restore(state: State, folder: Path) -> None:
     """Read what `save` wrote into adapters of the same method, configuration and sites; see `Attachment.restore`."""
+    if state.merged:
+        raise NotMergeable("the adapters are merged, and restored values would not show: unmerge(), or call switch()")
     description = _read_description(folder)
     own = _description(state)
     for key in ("method", "config", "sites", "tensors"):
