@@ -151,7 +151,7 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
     Args:
         model: the base model, bare, of the architecture the adapters were made for.
         folder: where `Attachment.save` wrote.
-        any_base: accept a base with another id or revision, of the same architecture.
+        any_base: accept a base with other weights, of the same class. Where the base lies never matters.
 
     Raises:
         AdapterFileError: anything is wrong with the files or they are for another model; `model` is untouched.

@@ -239,17 +239,21 @@ class Attachment:
         """
         saving.save(self.state, Path(folder))
 
-    def restore(self, folder: str | Path) -> None:
+    def restore(self, folder: str | Path, *, any_base: bool = False) -> None:
         """Give the adapters the values that `save` wrote of others of the same method, configuration and sites.
 
         The modules stay, and so do the optimisers and wrappers that hold their parameters, sharded ones included
         (FSDP), where every process must call it.
 
+        Args:
+            folder: where `save` wrote.
+            any_base: accept adapters of a base with other weights, of the same class.
+
         Raises:
             AdapterFileError: the files are damaged or for other adapters; nothing was changed.
             NotMergeable: the adapters are merged.
         """
-        saving.restore(self.state, Path(folder))
+        saving.restore(self.state, Path(folder), any_base=any_base)
 
     def switch(self, folder: str | Path) -> None:
         """Serve other trained adapters of the same method, configuration and sites: their values replace these.

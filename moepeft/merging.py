@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from . import identity
 from .errors import MissingRouting, NotMergeable
 from .fused import ExpertMatrix
 from .hooks import bind, leave, position_readers, unbind
@@ -21,6 +22,7 @@ from .protocols import Mergeable
 from .shards import is_sharded
 from .sites import LinearSite
 from .state import State
+from .trained import find_others
 
 
 @torch.no_grad()
@@ -34,6 +36,7 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     """
     check(state, task)
     check_weights(state)
+    base = identity.describe(state.model, find_others(state))
     kept: dict[str, Tensor] = {}
     for site in () if keep else state.sites:
         _merged_weight(state, site, task)  # whatever it raises, it raises before a weight has changed
@@ -48,7 +51,7 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
         raise
     for site in state.sites:
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
-    state.kept, state.merged_task = kept, task
+    state.kept, state.merged_task, state.base = kept, task, base
 
 
 def merge_and_detach(state: State, task: int | None) -> None:
@@ -70,7 +73,7 @@ def unmerge(state: State) -> None:
         module = state.layer(site)
         _weight(module, site).copy_(state.kept[site.name])
         bind(module)
-    state.kept = state.merged_task = None
+    state.kept = state.merged_task = state.base = None
 
 
 @contextmanager

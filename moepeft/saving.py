@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import identity
 from .errors import AdapterFileError, NotMergeable
 from .files import check_values, read_json, read_tensors, replacing, write_tensors
 from .protocols import AdapterFactory
@@ -20,7 +21,7 @@ from .registry import from_config
 from .shards import whole
 from .sites import find_sites
 from .state import State
-from .trained import TRAINED, check_same, find_values, load_values, read_values
+from .trained import TRAINED, check_same, find_others, find_values, load_values, read_values
 
 SCHEMA_VERSION = 2
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
@@ -71,7 +72,7 @@ def _description(state: State) -> dict[str, Any]:
         "moepeft_version": version("moepeft"),
         "method": state.factory.name,
         "config": dataclasses.asdict(state.factory),  # type: ignore[call-overload]
-        "base": _base(state.model),
+        "base": state.base or identity.describe(state.model, find_others(state)),
         "sites": [
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
             for site in state.sites
@@ -94,7 +95,7 @@ def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
     """
     description = _read_description(folder)
     factory = _factory(description, folder)
-    _check_base(model, description["base"], folder, any_base=any_base)
+    identity.check(model, description["base"], folder, any_base=any_base)
     wanted = _check_sites(model, description["sites"], folder)
     train = _check_train(model, description["train"], folder)
     # Sizes are compared before anything of that size is made: a file may ask for any rank.
@@ -105,7 +106,7 @@ def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
     return Saved(factory, wanted, _read_weights(folder, own), train, others)
 
 
-def restore(state: State, folder: Path) -> None:
+def restore(state: State, folder: Path, *, any_base: bool = False) -> None:
     """Read what `save` wrote into adapters of the same method, configuration and sites; see `Attachment.restore`."""
     if state.merged:
         raise NotMergeable("the adapters are merged, and restored values would not show: unmerge(), or call switch()")
@@ -118,7 +119,7 @@ def restore(state: State, folder: Path) -> None:
                 f"{folder} holds adapters with another {key} than the model's {state.factory}: "
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
-    _check_base(state.model, description["base"], folder, any_base=False)
+    identity.check(state.model, description["base"], folder, any_base=any_base)
     others = read_values(state.model, folder, description["trained"])
     check_same(state, folder, others)
     state.load_values(_read_weights(folder, state.values()))
@@ -181,33 +182,6 @@ def _read_weights(folder: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path} does not hold what {CONFIG} says: {_difference(expected, shapes)}")
     check_values(path, state, {name: value.dtype for name, value in own.items()})
     return state
-
-
-def _base(model: nn.Module) -> dict[str, str | None]:
-    config = getattr(model, "config", None)
-    return {
-        "class": _class_name(model),
-        "id": getattr(config, "_name_or_path", None) or None,
-        "revision": getattr(config, "_commit_hash", None),
-    }
-
-
-def _class_name(model: nn.Module) -> str:
-    # Sharded, a model is of a new class that derives from FSDPModule and from its own.
-    kind, *bases = type(model), *type(model).__bases__
-    return (bases[1] if bases[0].__name__ == "FSDPModule" else kind).__name__
-
-
-def _check_base(model: nn.Module, saved: dict[str, Any], folder: Path, *, any_base: bool) -> None:
-    own = _base(model)
-    if saved.get("class") != own["class"]:
-        raise AdapterFileError(f"{folder} was made for a {saved.get('class')}, got a {own['class']}: load that model")
-    for key in ("id", "revision"):
-        if not any_base and saved.get(key) and own[key] and saved[key] != own[key]:
-            raise AdapterFileError(
-                f"{folder} was made on the base model with {key} {saved[key]!r}, got {own[key]!r}: load that one, or "
-                "pass any_base=True if you know that the weights are the same"
-            )
 
 
 def _check_sites(model: nn.Module, saved: Any, folder: Path) -> list[str]:

@@ -59,6 +59,7 @@ class State:
         runtime: what the forward under way knows.
         trained_before: name of a parameter of the bare model -> whether it trained.
         kept: site name -> the weight before `merge`; None unless merged, empty after ``merge(keep=False)``.
+        base: what files say of the base, noted when the adapters were merged into its weights; None unless merged.
         merged_task: the task whose update is merged.
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
@@ -85,6 +86,7 @@ class State:
         self.runtime = Runtime()
         self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.kept: dict[str, Tensor] | None = None
+        self.base: dict[str, Any] | None = None
         self.merged_task: int | None = None
         self.steps = False
         self.stepping_version = 0

@@ -136,7 +136,8 @@ def test_sharded_processes_have_the_gradients_of_one(spec: str, ranks: tuple[Pat
     torch.set_default_dtype(torch.float64)
     try:
         fresh, _ = away_from_start("llama", spec)
-        again = moepeft.load(moepeft.attachment(fresh).detach(), folder / spec)
+        # Its first values were drawn in double precision: they are others.
+        again = moepeft.load(moepeft.attachment(fresh).detach(), folder / spec, any_base=True)
     finally:
         torch.set_default_dtype(torch.float32)
     for name, value in adapters.state_dict().items():

@@ -395,4 +395,4 @@ def test_model_without_config_trains(tmp_path: Path) -> None:
     )
     trainer.train()
     assert curve(trainer, "loss")[-1] < curve(trainer, "loss")[0]
-    moepeft.load(Regression(), tmp_path / "checkpoint-6")
+    moepeft.load(moepeft.attachment(model).detach(), tmp_path / "checkpoint-6")

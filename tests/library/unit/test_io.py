@@ -112,6 +112,14 @@ DAMAGE = {
     "a rank without end": (edit("config", lambda c: {**c, "rank": 10**15}), "should have shape|cannot be made for"),
     "a rank beyond integers": (edit("config", lambda c: {**c, "rank": 10**30}), "cannot be made for this model"),
     "another class": (edit("base", lambda b: {**b, "class": "GPT2Model"}), "made for a GPT2Model, got a BertModel"),
+    "damaged samples": (
+        edit("base", lambda b: {**b, "samples": {"pooler": 7}}),
+        "other weights|description of the base",
+    ),
+    "samples of no type": (
+        edit("base", lambda b: {**b, "samples": {k: {**v, "dtype": "loads"} for k, v in b["samples"].items()}}),
+        "description of the base",
+    ),
     "another site": (edit("sites", lambda s: [{**s[0], "name": "../../etc"}, *s[1:]]), "no such layer"),
     "another width": (edit("sites", lambda s: [{**s[0], "in_features": 7}, *s[1:]]), "shape 7 -> 32"),
     "sites missing": (edit("sites", "none"), "list of sites is damaged"),
@@ -193,15 +201,29 @@ def test_another_architecture_is_refused(saved: Path) -> None:
         moepeft.load(build("llama"), saved)
 
 
-def test_another_base_is_refused_unless_told(tmp_path: Path) -> None:
-    model = build("bert")
-    model.config._name_or_path = "someone/base"
-    moepeft.attach(model, moepeft.method("lora")).save(tmp_path)
-    other = build("bert")
-    other.config._name_or_path = "someone/else"
-    with pytest.raises(AdapterFileError, match=r"'someone/base', got 'someone/else'.*any_base=True"):
-        moepeft.load(other, tmp_path)
-    moepeft.load(other, tmp_path, any_base=True)
+@pytest.mark.parametrize("saved_in", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded_in", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_base_is_known_by_its_weights_in_any_precision(
+    saved_in: torch.dtype, loaded_in: torch.dtype, tmp_path: Path
+) -> None:
+    """Not by its path; another base of the same class is refused, however close."""
+    model = build("bert").to(saved_in)
+    model.config._name_or_path = "/home/someone/base"
+    adapters = moepeft.attach(model, moepeft.method("lora"))
+    adapters.save(tmp_path)
+    other = build("bert").to(loaded_in)
+    other.config._name_or_path = "./base/"
+    moepeft.load(other, tmp_path).detach()
+    close = build("bert")
+    for parameter in close.encoder.layer[1].parameters():
+        parameter.data.mul_(1.02)
+    tuned = close.to(loaded_in)
+    with pytest.raises(AdapterFileError, match=r"encoder\.layer\.1.*any_base=True"):
+        moepeft.load(tuned, tmp_path)
+    moepeft.load(tuned, tmp_path, any_base=True)
+    adapters.merge()
+    adapters.save(tmp_path)  # the base is what it was before
+    moepeft.load(other, tmp_path)
 
 
 def test_nothing_but_safetensors_and_json(saved: Path) -> None:
@@ -214,8 +236,9 @@ def test_nothing_but_safetensors_and_json(saved: Path) -> None:
 
 def test_saving_again_replaces_whole_files(saved: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    moepeft.attach(model, moepeft.method("lora", rank=2)).save(saved)
-    moepeft.load(nn.Sequential(nn.Linear(4, 4)), saved)
+    adapters = moepeft.attach(model, moepeft.method("lora", rank=2))
+    adapters.save(saved)
+    moepeft.load(adapters.detach(), saved)
 
 
 def test_saving_follows_no_link_and_leaves_no_scraps(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

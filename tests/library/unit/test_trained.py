@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -20,9 +23,10 @@ from transformers import (
 
 import moepeft
 from moepeft.errors import AdapterFileError, NoMatchingSite
+from tests.support import fresh_classifier
 
 
-def config(kind: type = BertConfig, **more: int) -> BertConfig:
+def config(kind: type = BertConfig, **more: float) -> BertConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return kind(**sizes, vocab_size=20, **more)
 
@@ -122,3 +126,39 @@ def test_a_new_head_left_frozen_is_named(tmp_path: Path) -> None:
         moepeft.attach(BertForSequenceClassification.from_pretrained(tmp_path / "classifier"), lora)
         moepeft.attach(BertForSequenceClassification(config()), lora, train=[])
         moepeft.attach(BertForSequenceClassification(config()), lora, sites=["query", "classifier"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "trainer"])
+def test_a_classifier_goes_on_in_a_fresh_process_after_a_move(kind: str, tmp_path: Path) -> None:
+    """Saved after two steps, moved with its base, loaded: the same predictions, and the same third and fourth step."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    BertModel(config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).save_pretrained(before / "base")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = BertForSequenceClassification.from_pretrained(before / "base")
+        adapters = moepeft.attach(model, moepeft.method("ept", num_tasks=2, kernels=(2, 2, 4, 4)), train=["classifier"])
+        if kind == "trainer":
+            runner = fresh_classifier.trainer(model, before / "run", 2)
+            runner.train()
+            predicted = fresh_classifier.logits(model)
+            runner.args.max_steps = 4
+            runner.train(resume_from_checkpoint=str(before / "run" / "checkpoint-2"))
+        else:
+            optimiser = torch.optim.AdamW(adapters.parameters(), lr=1e-2)
+            fresh_classifier.train(adapters, optimiser, 2)
+            adapters.save(before / "run")
+            torch.save(optimiser.state_dict(), before / "optimiser.pt")
+            predicted = fresh_classifier.logits(model)
+            fresh_classifier.train(adapters, optimiser, 2)
+        resumed = fresh_classifier.logits(model)
+    finally:
+        torch.set_num_threads(threads)
+    before.rename(after)
+    command = [sys.executable, "-m", "tests.support.fresh_classifier", str(after), kind]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[3])
+    found = load_file(after / "found.safetensors")
+    assert torch.equal(found["predicted"], predicted)
+    assert torch.equal(found["resumed"], resumed)
+    assert not torch.equal(predicted, resumed)

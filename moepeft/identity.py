@@ -1,0 +1,110 @@
+"""Which base model adapters were made for: its class, and samples of its frozen matrices. Never a path.
+
+A path says where a copy lies, not what it holds. Samples tell a base from its fine-tuned relatives wherever either of
+them lies, in whatever precision it was loaded. Parts that were quantised since cannot be compared and are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AdapterFileError
+from .shards import whole
+from .state import SLOT
+
+_MATRICES, _VALUES = 64, 4
+_STEP = 2654435761  # Knuth's multiplicative hash: positions far apart in a matrix of any size
+
+
+def describe(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Any]:
+    """What a file says of the base.
+
+    Args:
+        model: the base, its weights not merged.
+        trained: names of parameters that train beside the adapters, which are no part of the base's identity.
+    """
+    config = getattr(model, "config", None)
+    return {
+        "class": _class_name(model),
+        "id": getattr(config, "_name_or_path", None) or None,
+        "revision": getattr(config, "_commit_hash", None),
+        "samples": {name: _sample(parameter) for name, parameter in _sampled(model, trained)},
+    }
+
+
+def check(model: nn.Module, saved: Mapping[str, Any], folder: Path, *, any_base: bool) -> None:
+    """Whether `model` is the base that `describe` saw, `any_base` whether one of its class is enough.
+
+    Raises:
+        AdapterFileError: it is not, or the description is damaged.
+    """
+    if saved.get("class") != _class_name(model):
+        raise AdapterFileError(
+            f"{folder} was made for a {saved.get('class')}, got a {_class_name(model)}: load that model"
+        )
+    if any_base:
+        return
+    own = dict(model.named_parameters())
+    try:
+        different = [name for name, sample in saved["samples"].items() if not _agrees(own.get(name), sample)]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise AdapterFileError(f"{folder}: the description of the base model is damaged: {error!r}") from error
+    if different:
+        raise AdapterFileError(
+            f"{folder} was made on a base model ({saved.get('id') or 'without a name'}) with other weights: "
+            f"{len(different)} of {len(saved['samples'])} sampled matrices differ, {different[0]!r} for one. Load that "
+            "base, or pass any_base=True if the adapters shall serve on this one"
+        )
+
+
+def _sampled(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Some frozen matrices with values, spread evenly over the model."""
+    matrices = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point() and not parameter.is_meta
+        if SLOT not in name.split(".") and name not in trained
+    ]
+    step = max(1, -(-len(matrices) // _MATRICES))
+    yield from matrices[::step]
+
+
+def _sample(parameter: Tensor) -> dict[str, Any]:
+    values = _values(parameter)
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return {"shape": list(parameter.shape), "dtype": dtype, "values": values.nan_to_num().tolist()}
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """A few values, in double precision: exact for every narrower type."""
+    flat = whole(parameter.detach()).flatten()
+    places = torch.tensor([(index * _STEP + 1) % flat.numel() for index in range(_VALUES)], device=flat.device)
+    return flat[places].double().cpu()
+
+
+def _agrees(own: Tensor | None, sample: Mapping[str, Any]) -> bool:
+    """Whether a parameter is the sampled one, rounded or not; one without values to compare is."""
+    if own is None:
+        return False
+    if own.is_meta or not own.is_floating_point():
+        return True
+    saved, found = torch.tensor(sample["values"], dtype=torch.float64), _values(own).nan_to_num()
+    if list(own.shape) != sample["shape"] or saved.shape != found.shape:
+        return False
+    kind = getattr(torch, sample["dtype"])
+    if own.dtype in (torch.float16, torch.bfloat16) and kind in (torch.float16, torch.bfloat16) and own.dtype != kind:
+        return torch.allclose(found, saved, rtol=2**-7, atol=1e-6)  # two roundings of one base
+    # Rounding goes from the wider of the two types to the narrower, as loading in that type does.
+    rounded, as_found = saved.to(own.dtype).double(), found.to(kind).double()
+    return torch.equal(rounded, found) or torch.equal(as_found, saved)
+
+
+def _class_name(model: nn.Module) -> str:
+    # Sharded, a model is of a new class that derives from FSDPModule and from its own.
+    kind, *bases = type(model), *type(model).__bases__
+    return (bases[1] if bases[0].__name__ == "FSDPModule" else kind).__name__
