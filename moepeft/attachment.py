@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from . import building, merging, saving, trained
 from .counting import ParameterCount, count_parameters
-from .errors import AuxLossDetached, Unsupported
+from .errors import Unsupported
 from .given import checked_ids, checked_masks
+from .groups import parameter_groups
 from .growing import add_tasks
 from .hooks import leave
+from .losses import aux_losses
 from .protocols import AdapterFactory
 from .runtime import Runtime
 from .sites import LinearSite, by_reason
@@ -75,6 +77,23 @@ class Attachment:
         """What trains, for the optimiser: adapters, and what of the model `attach` was told by `train`."""
         return (parameter for _, parameter in self.named_parameters())
 
+    def parameter_groups(self, **options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What trains, in groups by purpose, as torch's optimisers take them.
+
+        ``torch.optim.AdamW(adapters.parameter_groups(router={"lr": 1e-4}, heads={"weight_decay": 0.1}), lr=1e-3)``
+
+        Args:
+            options: of the optimiser, by group: ``experts`` (low-rank factors, kernels and the like), ``router``,
+                ``task_tables``, ``heads`` (what trains beside the adapters).
+
+        Returns:
+            The groups that have parameters, each with its ``name``; together they are `parameters`, each once.
+
+        Raises:
+            ConfigError: there is no group of that name.
+        """
+        return parameter_groups(self.state, options)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything the adapters hold, buffers included, under names free of the model's own."""
         return self.state.values()
@@ -123,7 +142,7 @@ class Attachment:
         Raises:
             AuxLossDetached: the model trains but a loss has no gradient, as under reentrant checkpointing.
         """
-        return {name: _combined(self.state, name, terms) for name, terms in self.runtime.losses.items()}
+        return aux_losses(self.state)
 
     def aux_loss(self) -> Tensor:
         """Sum of `aux_losses`, to be added to the task loss; a zero without graph when the method has none."""
@@ -301,19 +320,3 @@ def attachment(model: nn.Module) -> Attachment:
     if not hasattr(model, ENTRY) or getattr(model, ENTRY).state.model is not model:
         raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
     return Attachment(model)
-
-
-def _combined(state: State, name: str, terms: Mapping[str, Any]) -> Tensor:
-    """One auxiliary loss of the last forward."""
-    value = state.factory.aux_loss(name, [_widened(term) for term in terms.values()])
-    if state.runtime.last.grad_expected and not value.requires_grad:
-        raise AuxLossDetached(
-            f"the auxiliary loss {name!r} has no gradient although the model is training: reentrant gradient "
-            "checkpointing drops it. Call model.gradient_checkpointing_enable("
-            "gradient_checkpointing_kwargs={'use_reentrant': False})"
-        )
-    return value
-
-
-def _widened(term: Any) -> Any:
-    return term.float() if isinstance(term, Tensor) and term.dtype.itemsize < 4 else term

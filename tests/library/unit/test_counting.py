@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 import moepeft
 from moepeft.config import task_number
 from moepeft.counting import count_added_by_task
+from moepeft.errors import ConfigError
 from moepeft.registry import METHODS
 from tests.support.hosts import build
 
@@ -24,3 +27,22 @@ def test_lora_per_task_adds_a_whole_lora() -> None:
     apart = moepeft.attach(build("llama"), moepeft.method("lora-per-task", num_tasks=3))
     ranks = apart.factory.rank / alone.factory.rank
     assert count_added_by_task(apart.factory, apart.sites) == ranks * alone.parameter_count().total
+
+
+@pytest.mark.parametrize("spec", ["lora", "moelora", "more", "ept", "mixlora", "tucka"])
+def test_groups_for_optimisers_are_what_is_counted_by_purpose(spec: str) -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(16, 32), "fc2": nn.Linear(32, 16), "head": nn.Linear(16, 2)})
+    adapters = moepeft.attach(model, moepeft.method(spec, num_tasks=2), train=["head"])
+    optimiser = torch.optim.AdamW(adapters.parameter_groups(router={"lr": 0.5}, heads={"weight_decay": 0.25}), lr=0.125)
+    groups = {group["name"]: group for group in optimiser.param_groups}
+    found = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in adapters.parameters())
+    sizes = {name: sum(p.numel() for p in group["params"]) for name, group in groups.items()}
+    count = adapters.parameter_count()
+    counted = {"experts": count.core, "router": count.router, "task_tables": count.task_tables, "heads": count.beside}
+    assert sizes == {name: number for name, number in counted.items() if number}
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    expected = {"experts": (0.125, 0.01), "router": (0.5, 0.01), "task_tables": (0.125, 0.01), "heads": (0.125, 0.25)}
+    assert rates == {name: expected[name] for name in groups}
+    with pytest.raises(ConfigError, match="task_tables"):
+        adapters.parameter_groups(routers={"lr": 1.0})
