@@ -3,10 +3,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attach import Attachment, attach, attachment, load
+from .attach import Attachment, attach, attachment
 from .config import MethodConfig
 from .errors import MoepeftError
 from .fast import fast_paths
+from .loading import load
 from .protocols import Adapter, AdapterFactory, Capabilities
 from .registry import available, method
 from .sites import LinearSite, find_sites

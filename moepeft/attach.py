@@ -1,14 +1,13 @@
-"""Put a method's adapters around a model's frozen layers, and read saved ones. `moepeft.hooks` says how."""
+"""Put a method's adapters around a model's frozen layers. `moepeft.hooks` says how."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from torch import nn
 
-from . import building, saving
+from . import building
 from .attachment import Attachment, attachment
 from .errors import AlreadyAttached, ConfigError, Unsupported
 from .hooks import install
@@ -16,9 +15,9 @@ from .protocols import AdapterFactory
 from .shards import is_sharded
 from .sites import LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
 from .state import SLOT, State
-from .trained import find_modules, is_beneath, load_values, unfreeze, warn_of_new_heads
+from .trained import find_modules, is_beneath, unfreeze, warn_of_new_heads
 
-__all__ = ["Attachment", "attach", "attachment", "load"]
+__all__ = ["Attachment", "attach", "attachment"]
 
 
 def attach(
@@ -143,25 +142,3 @@ def _warn_of_the_unreachable(model: nn.Module, chosen: Sequence[LinearSite], unr
             f"adapter: {'; '.join(by_reason(hidden))}",
             stacklevel=3,
         )
-
-
-def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Attachment:
-    """Attach the adapters saved in `folder` to `model`, with the values of what else was trained.
-
-    Args:
-        model: the base model, bare, of the architecture the adapters were made for.
-        folder: where `Attachment.save` wrote.
-        any_base: accept a base with other weights, of the same class. Where the base lies never matters.
-
-    Raises:
-        AdapterFileError: anything is wrong with the files or they are for another model; `model` is untouched.
-    """
-    saved = saving.read(model, Path(folder), any_base=any_base)
-    adapters = attach(model, saved.factory, sites=lambda site: site.name in saved.sites, train=saved.train)
-    try:
-        adapters.load_state_dict(saved.values)
-    except BaseException:
-        adapters.detach()
-        raise
-    load_values(model, saved.others)
-    return adapters

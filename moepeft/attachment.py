@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import building, merging, saving, trained
+from . import building, hub, merging, saving, trained
 from .counting import ParameterCount, count_parameters
 from .errors import Unsupported
 from .given import checked_ids, checked_masks
@@ -302,6 +302,22 @@ class Attachment:
             Unsupported: the method knows no tasks, the adapters are merged, or they are sharded.
         """
         add_tasks(self.state, number)
+
+    def push_to_hub(
+        self, repo_id: str, *, tasks: Sequence[str] = (), record: Mapping[str, Any] | None = None, private: bool = False
+    ) -> str:
+        """Send what `save` writes to the hub, with a card: method, source of its equations, base, tasks, scores.
+
+        Args:
+            repo_id: ``owner/name``; made if need be. `moepeft.load` takes it.
+            tasks: names of the tasks in the order of their ids.
+            record: a run's record, as the benchmark's JSON file holds it: its scores go into the card.
+            private: whether a new repository is private.
+
+        Returns:
+            The address of the commit.
+        """
+        return hub.push(self.state, repo_id, tasks, record, private)
 
     def detach(self) -> nn.Module:
         """Take the adapters off; the model is exactly what it was before `attach`."""

@@ -62,6 +62,10 @@ class TransformersMissing(MoepeftError, ImportError):
     """The `transformers` package is not installed."""
 
 
+class HubMissing(MoepeftError, ImportError):
+    """The `huggingface_hub` package is not installed."""
+
+
 class AdapterFileError(MoepeftError):
     """A saved adapter is missing, damaged, foreign or made for another model. The model was left as it was.
 

@@ -14,11 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moepeft.attach import attach, load
+from moepeft.attach import attach
 from moepeft.attachment import Attachment, attachment
 from moepeft.config import task_number
 from moepeft.errors import ContractError, MissingRouting, NotMergeable
 from moepeft.fast import fast_paths
+from moepeft.loading import load
 from moepeft.protocols import AdapterFactory
 
 from .hosts import ROWS, Host, Inputs
