@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import building, hub, merging, saving, trained
-from .counting import ParameterCount, count_parameters
+from .counting import ParameterCount, count_parameters, summarise
 from .errors import Unsupported
 from .given import checked_ids, checked_masks
 from .groups import parameter_groups
@@ -20,7 +20,7 @@ from .hooks import leave
 from .losses import aux_losses
 from .protocols import AdapterFactory
 from .runtime import Runtime
-from .sites import LinearSite, by_reason
+from .sites import LinearSite
 from .state import ENTRY, Entry, State
 from .stepping import after_step
 
@@ -119,20 +119,7 @@ class Attachment:
 
     def summary(self) -> str:
         """A few lines for a person: method, sites by role, parameters, and what was left out and why."""
-        roles = {site.role: 0 for site in self.sites}
-        for site in self.sites:
-            roles[site.role] += 1
-        count = self.parameter_count()
-        share = count.total / max(count.base, 1)
-        return (
-            f"{self.factory}\n"
-            f"{len(self.sites)} sites: {', '.join(f'{role} x {number}' for role, number in roles.items())}\n"
-            f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
-            f"{share:.2%} of {count.base:,} frozen ones"
-            + (f"\n{count.beside:,} more train beside: {', '.join(trained.owners(self.state))}" if count.beside else "")
-            + (f"\n{count.experts:,} of them, {count.experts / count.total:.0%}, in experts" if count.experts else "")
-            + "".join(f"\nleft out: {line}" for line in by_reason(self.state.left_out))
-        )
+        return summarise(self.state)
 
     # ------------------------------------------------------------------ losses and routing
 
@@ -274,7 +261,7 @@ class Attachment:
         """
         saving.restore(self.state, Path(folder), any_base=any_base)
 
-    def switch(self, folder: str | Path) -> None:
+    def switch(self, folder: str | Path, *, any_base: bool = False) -> None:
         """Serve other trained adapters of the same method, configuration and sites: their values replace these.
 
         Merged adapters are merged again, with the new values and for the same task. On an error all is as it was.
@@ -283,14 +270,8 @@ class Attachment:
             AdapterFileError: the files are damaged or for other adapters.
             NotMergeable: the adapters were merged with ``keep=False``.
         """
-        merged, task = self.merged, self.state.merged_task
-        if merged:
-            self.unmerge()
-        try:
-            self.restore(folder)
-        finally:
-            if merged:
-                self.merge(task=task)
+        with merging.unmerged(self.state):
+            self.restore(folder, any_base=any_base)
 
     def add_tasks(self, number: int) -> None:
         """Make room for `number` more tasks, after those that there are.

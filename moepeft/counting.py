@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from .config import purpose, task_number, with_tasks
 from .protocols import AdapterFactory, LinearSite
+from .sites import by_reason
 from .state import State
-from .trained import find_others
+from .trained import find_others, owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +79,21 @@ def count_added_by_task(factory: AdapterFactory, sites: Sequence[LinearSite]) ->
     """Trainable numbers that one more task adds, by the method's closed form; 0 of a method that knows no tasks."""
     tasks = task_number(factory)
     return 0 if tasks is None else with_tasks(factory, tasks + 1).count(sites) - factory.count(sites)
+
+
+def summarise(state: State) -> str:
+    """See `moepeft.attachment.Attachment.summary`."""
+    roles = {site.role: 0 for site in state.sites}
+    for site in state.sites:
+        roles[site.role] += 1
+    count = count_parameters(state)
+    share = count.total / max(count.base, 1)
+    return (
+        f"{state.factory}\n"
+        f"{len(state.sites)} sites: {', '.join(f'{role} x {number}' for role, number in roles.items())}\n"
+        f"{count.total:,} trainable parameters, {count.shared:,} of them shared by all sites; "
+        f"{share:.2%} of {count.base:,} frozen ones"
+        + (f"\n{count.experts:,} of them, {count.experts / count.total:.0%}, in experts" if count.experts else "")
+        + (f"\n{count.beside:,} more train beside: {', '.join(owners(state))}" if count.beside else "")
+        + "".join(f"\nleft out: {line}" for line in by_reason(state.left_out))
+    )

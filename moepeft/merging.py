@@ -77,6 +77,19 @@ def unmerge(state: State) -> None:
 
 
 @contextmanager
+def unmerged(state: State) -> Iterator[None]:
+    """Inside, the adapters are not merged; afterwards as they were, for the same task, with their new values."""
+    merged, task = state.merged, state.merged_task
+    if merged:
+        unmerge(state)
+    try:
+        yield
+    finally:
+        if merged:
+            merge(state, task, keep=True)
+
+
+@contextmanager
 def bare_weights(state: State) -> Iterator[None]:
     """Inside, the weights are those before `merge`, for all threads; afterwards the merged ones, bit for bit."""
     kept = state.kept
