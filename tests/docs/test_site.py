@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from moepeft import registry
@@ -38,6 +39,15 @@ def test_a_method_s_page_shows_every_hyper_parameter(site: Path, name: str) -> N
     page = (site / "methods" / f"{name}.html").read_text()
     for field in dataclasses.fields(factory_class(name)):  # type: ignore[arg-type]
         assert re.search(rf"<td>\s*<code>(<span[^>]*>)?{field.name}\b", page), field.name
+
+
+def test_a_method_s_page_shows_what_the_runs_found(site: Path) -> None:
+    """The numbers of the committed tables, not others."""
+    scores = pd.read_csv(ROOT / "results/glue-8-tasks/tables/scores.csv", comment="#")
+    (mean,) = scores[(scores["method"] == "ept") & (scores["metric"] == "mean")]["mean"]
+    page = (site / "methods" / "ept.html").read_text()
+    assert f"{100 * mean:.1f} ±" in page.partition('id="what-our-runs-found"')[2]
+    assert 'id="what-our-runs-found"' not in (site / "methods" / "index.html").read_text()
 
 
 def test_no_page_asks_a_network_for_anything(site: Path) -> None:

@@ -1,4 +1,4 @@
-"""Puts the results page into the documentation's site, under ``results/``."""
+"""Puts the results into the documentation's site: the page under ``results/``, findings into every method's page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reporting.findings import find_about
 from benchmarks.reporting.page.write import write_page
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,3 +23,12 @@ def on_files(files: Any, config: Any) -> Any:
                 uri = f"results/{path.relative_to(page).as_posix()}"
                 files.append(File.generated(config, uri, content=path.read_bytes()))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Add what the runs found to the page of a method."""
+    folder, _, name = page.file.src_uri.rpartition("/")
+    method = name.removesuffix(".md")
+    if folder != "methods" or method == "index":
+        return markdown
+    return f"{markdown}\n\n{find_about(method, ROOT / 'results')}"
