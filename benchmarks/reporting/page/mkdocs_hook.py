@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reporting.findings import find_about
+from benchmarks.reporting.page.findings import find_about
 from benchmarks.reporting.page.write import write_page
 
 ROOT = Path(__file__).resolve().parents[3]
