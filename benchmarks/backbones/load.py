@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from benchmarks.backbones import smollm2
 from benchmarks.backbones.tiny import TINY_MODELS, build_tiny, tiny_tokenizer
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Family
@@ -62,15 +63,18 @@ class BackboneSource:
 
 
 def find_backbone(name: str) -> BackboneSource:
-    """Resolve what was asked for; touches no network and loads no weights.
+    """Resolve what was asked for; touches no network and loads no weights, but for the first look for smollm2.
 
     Args:
-        name: one of `HUB_IDS`, one of `TINY_MODELS`, a local folder, or a hub id, which may carry an ``@revision``.
+        name: one of `HUB_IDS`, smollm2, one of `TINY_MODELS`, a local folder, or a hub id, which may carry an
+            ``@revision``.
     """
     if name in TINY_MODELS:
         return BackboneSource(name, None, note="random weights")
     if name == "minilm":
         return BackboneSource(name, _packaged_minilm() or MINILM_HUB_ID, note=MINILM_NOTE)
+    if name == smollm2.NAME:
+        return BackboneSource(name, smollm2.smollm2_folder(), note=smollm2.NOTE)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -82,7 +86,7 @@ def find_backbone(name: str) -> BackboneSource:
         return BackboneSource(f"{folder.resolve().name}@{_content_hash(folder)}", str(folder))
     hub_id, _, revision = name.partition("@")
     if hub_id not in HUB_IDS and hub_id.count("/") != 1:
-        known = ", ".join((*HUB_IDS, *TINY_MODELS))
+        known = ", ".join((*HUB_IDS, smollm2.NAME, *TINY_MODELS))
         raise UsageError(f"unknown backbone {name!r}: give {known}, a local folder, or a hub id such as org/model")
     return BackboneSource(name, HUB_IDS.get(hub_id, hub_id), revision or None)
 

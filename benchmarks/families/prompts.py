@@ -5,7 +5,8 @@ appendix D), e.g. ``mrpc sentence1: ... sentence2: ...`` with ``equivalent`` or 
 text of one decimal on a grid of 0.2, as there. The other tasks are written alike.
 
 Decoder-only (`causal`): one line per part, then ``Answer:``. A multiple-choice prompt lists the choices, and the answer
-is the text of the right one; published runs on these sets mostly train on its letter instead.
+is the text of the right one; published runs on these sets mostly train on its letter instead. A cloze prompt lists
+none: small models answer what follows, and do not read a list.
 """
 
 from __future__ import annotations
@@ -46,13 +47,21 @@ class Section:
 Render = Callable[[str, Sequence[Section]], str]
 
 
-def sections_of(spec: TaskSpec, example: Example) -> tuple[Section, ...]:
-    """The parts of an example's prompt. Of questions on a passage only the passage gives way to the length limit."""
+def sections_of(spec: TaskSpec, example: Example, *, listed: bool = True) -> tuple[Section, ...]:
+    """The parts of an example's prompt. Of questions on a passage only the passage gives way to the length limit.
+
+    Args:
+        spec: the task.
+        example: one of its rows.
+        listed: whether the choices of a multiple-choice row are shown before one of them is to follow.
+    """
     if spec.kind == "multiple_choice":
         if not example.choices:
             raise ValueError(f"task {spec.name}: a multiple-choice row without choices: {example.first!r}")
-        listed = " ".join(f"({chr(ord('A') + at)}) {choice}" for at, choice in enumerate(example.choices))
-        return (*_question(example), Section("choices", listed, False))
+        if not listed:
+            return _question(example)
+        shown = " ".join(f"({chr(ord('A') + at)}) {choice}" for at, choice in enumerate(example.choices))
+        return (*_question(example), Section("choices", shown, False))
     if spec.truncate == "only_second":
         return _question(example)
     if example.second is None:

@@ -58,7 +58,8 @@ class TextFamily(Family[TextRow, TextBatch]):
             UsageError: a prompt is too long although its passage is gone.
         """
         name = task_title(spec)
-        parts = [sections_of(spec, example) for example in examples]
+        listed = self.protocol.prompt == "listed"
+        parts = [sections_of(spec, example, listed=listed) for example in examples]
         encoded = self.prompt_ids([self.prompt(name, sections) for sections in parts])
         known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
         rows = []

@@ -21,16 +21,16 @@ class Compared:
     NAME@ablations for one and what it can do without; path/to/file.py:Class for one of your own; peft:NAME; `full`
     fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
-    """quick, glue, commonsense, glue-t5, commonsense-llama, or the path of a protocol in TOML. mechanisms: students of
-    teachers with known truth; its tasks are experiments, and of the flags it knows methods, tasks, seeds, steps, jobs,
-    results."""
+    """quick, glue, commonsense, commonsense-smollm2, glue-t5, commonsense-llama, or the path of a protocol in TOML.
+    mechanisms: students of teachers with known truth; its tasks are experiments, and of the flags it knows methods,
+    tasks, seeds, steps, jobs, results."""
     tasks: tuple[str, ...] | None = None
     """Comma-separated tasks instead of the suite's own: names, or TOML files that describe own data."""
     data_dir: Path | None = None
     """Folder with the real data as parquet files; without it they come from the hub."""
     backbone: str | None = None
-    """minilm, deberta-v3-base, t5-base, llama-2-7b, a hub id (with or without @revision), a local folder, or for
-    tests tiny-bert, tiny-t5, tiny-llama."""
+    """minilm, smollm2, deberta-v3-base, t5-base, llama-2-7b, a hub id (with or without @revision), a local folder, or
+    for tests tiny-bert, tiny-t5, tiny-llama."""
     reference: str | None = None
     """Method that scores and speed are compared with, e.g. the full one among its ablations."""
 

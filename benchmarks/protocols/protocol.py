@@ -77,6 +77,7 @@ class Protocol(Frozen):
             "endpoint_tasks",
             "head_start",
             "head_start_rows",
+            "prompt",
             "schedule",
             "test_rows",
             "warmup",
@@ -92,6 +93,10 @@ class Protocol(Frozen):
     )
     task_prefix: bool = Field(
         default=False, description="whether every text begins with its task's name, so that it tells the task"
+    )
+    prompt: Literal["listed", "cloze"] = Field(
+        default="listed",
+        description="of a multiple-choice row whose answer is text: lists the choices, or ends where each would follow",
     )
     scoring: Scoring = Field(
         default="likelihood",
@@ -192,6 +197,8 @@ class Protocol(Frozen):
     def _curve_whose_points_are_ends(self) -> Self:
         if self.checkpoints and self.schedule != "constant":
             raise ValueError("checkpoints are ends of a run, which they are under schedule = constant alone")
+        if self.prompt != "listed" and self.family == "encoder":
+            raise ValueError(f"prompt = {self.prompt} is for answers as text, which family = encoder does not give")
         if self.head_start != "random" and self.family != "encoder":
             raise ValueError(f"head_start = {self.head_start} is for family = encoder: answers as text have no heads")
         return self

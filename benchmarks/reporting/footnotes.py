@@ -43,6 +43,8 @@ def _protocol_line(group: Group) -> str:
         parts.append(f"not the official splits: test sets of fewer than {protocol.test_rows:,} rows filled from train")
     if protocol.eval_rows is not None:
         parts.append(f"scored on at most {protocol.eval_rows:,} rows per task")
+    if protocol.prompt == "cloze":
+        parts.append("cloze prompts: no choice is shown, each is tried as what follows")
     if protocol.task_prefix:
         parts.append("every text begins with its task's name")
     if protocol.evaluate_on == "fold":

@@ -224,6 +224,25 @@ def test_per_token_divides_by_the_length_of_the_candidate(family):
             assert int(bed.model.predict(alone).chosen) == max(range(len(means)), key=means.__getitem__)
 
 
+def test_a_cloze_prompt_shows_no_choice_and_each_is_scored_as_what_follows():
+    bed = setting("causal", prompt="cloze", scoring="likelihood_per_token")
+    (_, row), example = bed.rows[2][1], EXAMPLES["arc_easy"][1]
+    shown = bed.tokenizer.decode(row.prompt, skip_special_tokens=True)
+    assert not any(choice in shown for choice in example.choices)
+    assert row.answers == setting("causal").rows[2][1][1].answers
+    means = []
+    for answer in row.answers:
+        ids = torch.tensor([[*row.prompt, *answer]])
+        labels = torch.tensor([[-100] * len(row.prompt) + list(answer)])
+        with torch.no_grad():
+            means.append(-float(bed.model.backbone(input_ids=ids, labels=labels).loss))
+    with torch.no_grad():
+        said = bed.model.predict(bed.family.scoring_batch([(2, row)])).log_probabilities[0]
+    assert said.tolist() == pytest.approx(torch.tensor(means).log_softmax(0).tolist(), abs=1e-4)
+    # Where no choices are there to be listed, the prompt is the same.
+    assert bed.rows[3][0][1].prompt == setting("causal").rows[3][0][1].prompt
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_cross_entropy_on_the_answers_tokens_alone(family):
     bed = setting(family)
