@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from . import building
+from . import building, heads
 from .attachment import Attachment, attachment
 from .errors import AlreadyAttached, ConfigError, Unsupported
 from .hooks import install
@@ -27,6 +27,7 @@ def attach(
     *,
     exclude: SitePattern | None = None,
     train: Iterable[str] | None = None,
+    train_per_task: Iterable[str] = (),
 ) -> Attachment:
     """Freeze `model` and put the method's adapters around its linear layers.
 
@@ -41,10 +42,12 @@ def attach(
         train: modules that train whole beside the adapters and carry none, such as ``["classifier"]``: dotted names, or
             last components of them. They are in `Attachment.parameters` and in what `Attachment.save` writes. None: no
             module, and a new head that stays frozen is warned of.
+        train_per_task: modules of which every task trains a copy of its own, named alike: heads that take and give
+            tensors with the rows first. Rows go through the copies by the same ids as through the adapters.
 
     Raises:
         ConfigError: `factory` is a name or a class in place of a configured method.
-        NoMatchingSite: `sites`, `exclude` or `train` matches nothing.
+        NoMatchingSite: `sites`, `exclude`, `train` or `train_per_task` matches nothing.
         Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
             was not given, or its weights are sharded already.
         AlreadyAttached: the model has adapters.
@@ -61,7 +64,10 @@ def attach(
         )
     if any(hasattr(module, SLOT) for module in model.modules()):
         raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
-    whole = find_modules(model, train or ())
+    along, per_task = find_modules(model, train or ()), find_modules(model, train_per_task)
+    if per_task:
+        heads.check(factory)
+    whole = (*along, *per_task)
     found, unreachable = survey(model)
     wanted = tuple(site for site in select_sites(found, sites, exclude) if not is_beneath(site.name, whole))
     if sites is None:
@@ -78,10 +84,10 @@ def attach(
         *unreachable,
         *_left_by(factory, [site for site in found if not is_beneath(site.name, whole)], wanted, chosen),
     )
-    state = State(model, factory, chosen, shared, left_out, whole)
+    state = State(model, factory, chosen, shared, left_out, along, per_task)
     model.requires_grad_(False)
-    unfreeze(model, whole)
-    warn_of_new_heads(state, asked=train is not None)
+    unfreeze(model, along)
+    warn_of_new_heads(state, asked=train is not None or bool(per_task))
     install(state, built)
     if building.on_meta(built[0]):
         state.without_values = built[0]

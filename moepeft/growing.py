@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import building
+from . import building, heads
 from .config import task_number, with_more_tasks
 from .errors import Unsupported
 from .shards import is_sharded
@@ -30,6 +30,7 @@ def add_tasks(state: State, number: int) -> None:
         assert isinstance(slot.adapter, nn.Module)
         _take_over(adapter, slot.adapter)
         slot.adapter = adapter
+    heads.grow(state, number)
     state.factory = grown
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import heads
 from .calls import Arranged, arrange, rows_from_second
 from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
@@ -44,6 +45,7 @@ def install(state: State, adapters: Sequence[nn.Module]) -> None:
             attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
             attention.register_forward_hook(_forget_rows, always_call=True)
     _compute_rows_whole(state)
+    heads.install(state)
     install_entries(state)
 
 
@@ -73,6 +75,7 @@ def _tells_rows_apart(state: State) -> bool:
 def remove(state: State) -> None:
     """Undo `install`: no module keeps anything of ours."""
     remove_entries(state)
+    heads.remove(state)
     for module in state.model.modules():
         if isinstance(module._modules.get(SLOT), (Slot, ExpertMatrices)):
             unbind(module)

@@ -35,7 +35,13 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
         if inside:
             raise AdapterFileError(f"{place} holds no adapters itself, its folders do: give one of {', '.join(inside)}")
     saved = saving.read(model, place, any_base=any_base)
-    adapters = attach(model, saved.factory, sites=lambda site: site.name in saved.sites, train=saved.train)
+    adapters = attach(
+        model,
+        saved.factory,
+        sites=lambda site: site.name in saved.sites,
+        train=saved.train,
+        train_per_task=saved.train_per_task,
+    )
     try:
         adapters.load_state_dict(saved.values)
     except BaseException:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import identity
+from . import heads, identity
 from .errors import MissingRouting, NotMergeable
 from .fused import ExpertMatrix
 from .hooks import bind, leave, position_readers, unbind
@@ -22,7 +22,7 @@ from .protocols import Mergeable
 from .shards import is_sharded
 from .sites import LinearSite
 from .state import State
-from .trained import find_others
+from .trained import of_no_base
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     """
     check(state, task)
     check_weights(state)
-    base = identity.describe(state.model, find_others(state))
+    base = identity.describe(state.model, of_no_base(state))
     kept: dict[str, Tensor] = {}
     for site in () if keep else state.sites:
         _merged_weight(state, site, task)  # whatever it raises, it raises before a weight has changed
@@ -47,8 +47,12 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
                 kept[site.name] = weight.detach().clone()
             weight.copy_(merged)
     except BaseException:
-        _copy_into({site.name: _weight(state.layer(site), site) for site in state.sites if site.name in kept}, kept)
+        _copy_into({name: weight for name, weight in _changed(state).items() if name in kept}, kept)
         raise
+    own = heads.own_values(state)
+    kept |= {name: value.detach().clone() for name, value in own.items() if keep}
+    _copy_into(own, heads.values_of(state, task))
+    heads.unbind(state)
     for site in state.sites:
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
     state.kept, state.merged_task, state.base = kept, task, base
@@ -69,10 +73,10 @@ def unmerge(state: State) -> None:
     if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
     _check_kept(state.kept)
+    _copy_into(_changed(state), state.kept)
     for site in state.sites:
-        module = state.layer(site)
-        _weight(module, site).copy_(state.kept[site.name])
-        bind(module)
+        bind(state.layer(site))
+    heads.bind(state)
     state.kept = state.merged_task = state.base = None
 
 
@@ -97,13 +101,18 @@ def bare_weights(state: State) -> Iterator[None]:
         yield
         return
     _check_kept(kept)
-    weights = {site.name: _weight(state.layer(site), site) for site in state.sites}
+    weights = _changed(state)
     merged = {name: weight.detach().clone() for name, weight in weights.items()}
     _copy_into(weights, kept)
     try:
         yield
     finally:
         _copy_into(weights, merged)
+
+
+def _changed(state: State) -> dict[str, Tensor]:
+    """What merging writes to: a weight of every site, and the modules whose tasks have copies of their own."""
+    return {**{site.name: _weight(state.layer(site), site) for site in state.sites}, **heads.own_values(state)}
 
 
 def _check_kept(kept: dict[str, Tensor]) -> None:

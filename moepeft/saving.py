@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import identity
+from . import heads, identity
 from .errors import AdapterFileError, NotMergeable
 from .files import check_values, read_json, read_tensors, replacing, write_tensors
 from .protocols import AdapterFactory
@@ -21,11 +21,12 @@ from .registry import from_config
 from .shards import whole
 from .sites import find_sites
 from .state import State
-from .trained import TRAINED, check_same, find_others, find_values, load_values, read_values
+from .trained import TRAINED, check_same, find_values, load_values, of_no_base, read_values
 
 SCHEMA_VERSION = 2
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 _KEYS = {"schema_version", "moepeft_version", "method", "config", "base", "sites", "tensors", "train", "trained"}
+_KEYS |= {"train_per_task"}
 
 
 class Saved(NamedTuple):
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
         sites: names of the adapted layers.
         values: of the adapters.
         train: names of the modules that trained beside the adapters.
+        train_per_task: names of the modules of which every task trained a copy.
         others: values of what trained beside the adapters, by their names in the model.
     """
 
@@ -43,6 +45,7 @@ class Saved(NamedTuple):
     sites: list[str]
     values: dict[str, Tensor]
     train: list[str]
+    train_per_task: list[str]
     others: dict[str, Tensor]
 
 
@@ -72,13 +75,14 @@ def _description(state: State) -> dict[str, Any]:
         "moepeft_version": version("moepeft"),
         "method": state.factory.name,
         "config": dataclasses.asdict(state.factory),  # type: ignore[call-overload]
-        "base": state.base or identity.describe(state.model, find_others(state)),
+        "base": state.base or identity.describe(state.model, of_no_base(state)),
         "sites": [
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
             for site in state.sites
         ],
         "tensors": _shapes(state.values()),
         "train": list(state.train),
+        "train_per_task": list(state.train_per_task),
         "trained": _shapes(find_values(state)),
     }
 
@@ -97,13 +101,14 @@ def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
     factory = _factory(description, folder)
     identity.check(model, description["base"], folder, any_base=any_base)
     wanted = _check_sites(model, description["sites"], folder)
-    train = _check_train(model, description["train"], folder)
+    train, per_task = (_check_train(model, description[key], folder) for key in ("train", "train_per_task"))
     # Sizes are compared before anything of that size is made: a file may ask for any rank.
     own = _blueprint(model, factory, wanted, folder)
     if _shapes(own) != description["tensors"]:
         raise AdapterFileError(f"{folder}: {_difference(_shapes(own), description['tensors'])}")
-    others = read_values(model, folder, description["trained"])
-    return Saved(factory, wanted, _read_weights(folder, own), train, others)
+    copies = heads.expected(model, per_task, factory)
+    others = read_values(model, folder, description["trained"], copies)
+    return Saved(factory, wanted, _read_weights(folder, own), train, per_task, others)
 
 
 def restore(state: State, folder: Path, *, any_base: bool = False) -> None:
@@ -120,7 +125,7 @@ def restore(state: State, folder: Path, *, any_base: bool = False) -> None:
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
     identity.check(state.model, description["base"], folder, any_base=any_base)
-    others = read_values(state.model, folder, description["trained"])
+    others = read_values(state.model, folder, description["trained"], {})
     check_same(state, folder, others)
     state.load_values(_read_weights(folder, state.values()))
     load_values(state.model, others)

@@ -67,6 +67,7 @@ class State:
         without_values: an adapter that was attached on the meta device, until all of them are given values.
         left_out: layers that carry no adapter although they hold matrices, with the reason.
         train: names of the modules that train beside the adapters.
+        train_per_task: names of the modules of which every task trains a copy (`moepeft.heads`).
         uses_checked: whether a training forward has shown which adapted layers run.
     """
 
@@ -78,6 +79,7 @@ class State:
         shared: nn.Module | None,
         left_out: tuple[LeftOut, ...] = (),
         train: tuple[str, ...] = (),
+        train_per_task: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.factory = factory
@@ -93,6 +95,7 @@ class State:
         self.without_values: nn.Module | None = None
         self.left_out = left_out
         self.train = train
+        self.train_per_task = train_per_task
         self.uses_checked = False
         self.chunk_sizes: dict[str, int] = {}
 

@@ -75,7 +75,8 @@ def warn_of_new_heads(state: State, *, asked: bool) -> None:
     frozen = [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if state.trained_before.get(name) and not parameter.requires_grad and not _is_adapted(name, state.sites)
+        if state.trained_before.get(name) and not parameter.requires_grad
+        if not _is_adapted(name, state.sites) and not is_beneath(name, state.train_per_task)
     ]
     read = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
     body = f"{getattr(model, 'base_model_prefix', '')}."
@@ -114,8 +115,9 @@ def find_others(state: State) -> dict[str, nn.Parameter]:
 
 def owners(state: State) -> tuple[str, ...]:
     """Names of the modules that train beside the adapters: those that `train` named, and others' that were unfrozen."""
+    named = (*state.train, *state.train_per_task)
     others = (name.rpartition(".")[0] for name in find_others(state))
-    return (*state.train, *dict.fromkeys(name for name in others if not is_beneath(name, state.train)))
+    return (*named, *dict.fromkeys(name for name in others if not is_beneath(name, named)))
 
 
 def find_values(state: State) -> dict[str, Tensor]:
@@ -125,14 +127,29 @@ def find_values(state: State) -> dict[str, Tensor]:
     buffers = {
         name: buffer
         for name, buffer in state.model.named_buffers()
-        if SLOT not in name.split(".") and (name.rpartition(".")[0] in owners or is_beneath(name, state.train))
+        if SLOT not in name.split(".")
+        and (name.rpartition(".")[0] in owners or is_beneath(name, (*state.train, *state.train_per_task)))
     }
     kept = state.model.state_dict() if buffers else {}
     return {**others, **{name: buffer for name, buffer in buffers.items() if name in kept}}
 
 
-def read_values(model: nn.Module, folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
+def of_no_base(state: State) -> set[str]:
+    """Names of parameters that say nothing of the base: what trains, and what heads per task stand for."""
+    names = (name for name, _ in state.model.named_parameters())
+    return {*find_others(state), *(name for name in names if is_beneath(name, state.train_per_task))}
+
+
+def read_values(
+    model: nn.Module, folder: Path, shapes: Mapping[str, list[int]], copies: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The saved values, checked against what their description says and against `model`.
+
+    Args:
+        model: adapted already, or bare.
+        folder: where they were saved.
+        shapes: what the description says.
+        copies: what stands for the heads per task that a bare model will get.
 
     Raises:
         AdapterFileError: the file is missing or damaged, or for another model.
@@ -144,7 +161,7 @@ def read_values(model: nn.Module, folder: Path, shapes: Mapping[str, list[int]])
     found = {name: list(value.shape) for name, value in saved.items()}
     if found != dict(shapes):
         raise AdapterFileError(f"{path} holds {found}, its description says {dict(shapes)}: copy the folder again")
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers()), **copies}
     for name, value in saved.items():
         shape = tuple(own[name].shape) if name in own else None
         if shape != tuple(value.shape):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import moepeft
-from moepeft.errors import AdapterFileError, NoMatchingSite
+from moepeft.errors import AdapterFileError, MissingRouting, NoMatchingSite, Unsupported
 from tests.support import fresh_classifier
 
 
@@ -126,6 +127,69 @@ def test_a_new_head_left_frozen_is_named(tmp_path: Path) -> None:
         moepeft.attach(BertForSequenceClassification.from_pretrained(tmp_path / "classifier"), lora)
         moepeft.attach(BertForSequenceClassification(config()), lora, train=[])
         moepeft.attach(BertForSequenceClassification(config()), lora, sites=["query", "classifier"])
+
+
+def per_task(tmp_path: Path) -> tuple[BertForSequenceClassification, moepeft.Attachment, Tensor]:
+    """A model whose three tasks have heads of their own, all away from their start."""
+    BertModel(config(hidden_dropout_prob=0.0)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    adapters = moepeft.attach(model, moepeft.method("moelora", num_tasks=3), train_per_task=["classifier"])
+    torch.manual_seed(1)
+    for parameter in adapters.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model, adapters, torch.randint(20, (6, 5))
+
+
+def test_every_task_has_its_own_head(tmp_path: Path) -> None:
+    """Held to a model per task, which has that task's head and update as plain weights."""
+    model, adapters, x = per_task(tmp_path)
+    assert adapters.parameter_count().beside == 3 * (16 * 2 + 2)
+    ids = torch.tensor([2, 0, 1, 1, 0, 2])
+    routed = model(x, task_ids=ids).logits
+    routed.sum().backward()
+    assert all(parameter.grad is not None for parameter in adapters.parameters())
+    assert model.classifier.weight.grad is None
+    keys = set(BertForSequenceClassification(config()).state_dict())
+    for task in range(3):
+        alone = copy.deepcopy(model)
+        plain = moepeft.attachment(alone).merge_and_detach(task=task)
+        assert set(plain.state_dict()) == keys
+        rows = ids == task
+        assert torch.allclose(plain(x[rows]).logits, routed[rows], atol=1e-5)
+        other = plain(x[~rows]).logits
+        assert not torch.allclose(other, routed[~rows], atol=1e-3)
+
+    adapters.merge(task=2)
+    with adapters.disabled():
+        bare = model(x).logits
+    adapters.unmerge()
+    with adapters.disabled():
+        assert torch.equal(model(x, task_ids=ids).logits, bare)
+    assert torch.equal(model(x, task_ids=ids).logits, routed)
+    adapters.add_tasks(1)
+    assert torch.equal(model(x, task_ids=ids).logits, routed)
+    assert model(x, task_ids=3).logits.shape == (6, 2)
+    assert set(adapters.detach().state_dict()) == keys
+
+
+def test_heads_per_task_are_saved_and_loaded_and_need_tasks(tmp_path: Path) -> None:
+    model, adapters, x = per_task(tmp_path)
+    adapters.save(tmp_path / "saved")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()  # its own head is another one
+    loaded = moepeft.load(again, tmp_path / "saved")
+    assert torch.equal(again(x, task_ids=[0, 1, 2, 2, 1, 0]).logits, model(x, task_ids=[0, 1, 2, 2, 1, 0]).logits)
+    assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in adapters.named_parameters()}
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    loaded.restore(tmp_path / "saved")
+    assert torch.equal(again(x, task_ids=1).logits, model(x, task_ids=1).logits)
+    with pytest.raises(MissingRouting):
+        again(x)
+    bare = loaded.detach()
+    with pytest.raises(Unsupported, match="lora-per-task"):
+        moepeft.attach(bare, moepeft.method("lora"), train_per_task=["classifier"])
+    assert not hasattr(bare.classifier, "moepeft_heads")
 
 
 @pytest.mark.slow
