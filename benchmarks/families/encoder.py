@@ -1,4 +1,4 @@
-"""Encoder with heads: the mean of the last hidden states, read by one linear head per task."""
+"""Encoder with heads: the last hidden states, pooled over the tokens, read by one linear head per task."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from benchmarks.backbones.load import BackboneSource, hidden_size, load_backbone
 from benchmarks.families.base import Answers, Family, Model, require_numbers
 from benchmarks.families.batch import HeadBatch, HeadRow, TaskGroup, Tokens, padded
 from benchmarks.families.prompts import task_title
+from benchmarks.protocols.protocol import Pooling
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.tasks.base import Example, TaskSpec
 
 
 @dataclass(frozen=True)
 class Encoder(Family[HeadRow, HeadBatch]):
-    """The family of encoders: heads read the mean of the last hidden states."""
+    """The family of encoders: heads read the pooled last hidden states."""
 
     has_heads = True
 
@@ -82,17 +83,23 @@ class Encoder(Family[HeadRow, HeadBatch]):
         protocol = self.protocol
         encoder = load_backbone(source, "encoder", dropout=protocol.dropout, dtype=protocol.base_dtype)
         names = (protocol.name, seed, "heads")
-        return MultiTaskModel(encoder, self.specs, hidden=hidden_size(encoder), stream=names)
+        return MultiTaskModel(encoder, self.specs, hidden=hidden_size(encoder), stream=names, pooling=protocol.pooling)
 
 
 class MultiTaskModel(Model[HeadBatch]):
-    """Mean-pooled hidden states of the backbone, read by one linear head per task.
+    """Pooled hidden states of the backbone, read by one linear head per task.
 
     Adapters go onto `backbone`; the heads and their initial values are the same for all methods.
     """
 
     def __init__(
-        self, encoder: nn.Module, specs: Sequence[TaskSpec], *, hidden: int, stream: Sequence[str | int]
+        self,
+        encoder: nn.Module,
+        specs: Sequence[TaskSpec],
+        *,
+        hidden: int,
+        stream: Sequence[str | int],
+        pooling: Pooling = "mean",
     ) -> None:
         """Build the heads.
 
@@ -101,8 +108,10 @@ class MultiTaskModel(Model[HeadBatch]):
             specs: the tasks, in the order of the protocol.
             hidden: width of the backbone's last hidden states.
             stream: names of the random stream of the heads.
+            pooling: how the states of a sequence become one.
         """
         super().__init__(encoder, specs)
+        self.pooling: Pooling = pooling
         for spec in specs:
             # One stream per task: a head starts equally whatever other tasks are in the protocol.
             with torch_stream(*stream, spec.name):
@@ -119,7 +128,7 @@ class MultiTaskModel(Model[HeadBatch]):
         hidden = self.backbone(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
         # Pooling and heads in single precision: they are cheap, and scores are compared at their last digits.
         with torch.autocast(hidden.device.type, enabled=False):
-            return mean_pool(hidden.float(), batch.inputs["attention_mask"])
+            return pool(hidden.float(), batch.inputs["attention_mask"], self.pooling)
 
     def _logits(self, pooled: Tensor, group: TaskGroup) -> Tensor:
         spec = self.specs[group.task]
@@ -165,8 +174,14 @@ def head_width(spec: TaskSpec) -> int:
     return len(spec.labels) if spec.kind == "classification" else 1
 
 
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the hidden states over the real tokens: (rows, tokens, width) -> (rows, width)."""
+def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
+    """One state per row, of the real tokens: (rows, tokens, width) -> (rows, width).
+
+    Encoders of the BERT family hold a sentence in the first token, decoder-only models in the last.
+    """
+    if how != "mean":
+        at = mask.argmax(1) if how == "first" else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), at]
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 

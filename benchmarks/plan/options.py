@@ -31,6 +31,8 @@ class Compared:
     backbone: str | None = None
     """minilm, smollm2, deberta-v3-base, t5-base, llama-2-7b, a hub id (with or without @revision), a local folder, or
     for tests tiny-bert, tiny-t5, tiny-llama."""
+    pooling: Literal["mean", "first", "last"] | None = None
+    """What heads read of an encoder: the mean over tokens (as the suites do), the first token or the last."""
     reference: str | None = None
     """Method that scores and speed are compared with, e.g. the full one among its ablations."""
 
@@ -134,6 +136,7 @@ def resolve_suite(options: Options) -> Suite:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         reference=options.reference,
+        pooling=options.pooling,
         tuning_rates=rates,
         tuning_steps=options.tune_steps,
         track=options.track,

@@ -32,6 +32,7 @@ NUMERICS_VERSION = 2
 
 Precision = Literal["auto", "fp32", "bf16"]
 Family = Literal["encoder", "seq2seq", "causal"]
+Pooling = Literal["mean", "first", "last"]
 Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
 ProtocolType = TypeVar("ProtocolType", bound="Protocol")
 
@@ -77,6 +78,7 @@ class Protocol(Frozen):
             "endpoint_tasks",
             "head_start",
             "head_start_rows",
+            "pooling",
             "prompt",
             "schedule",
             "test_rows",
@@ -90,6 +92,10 @@ class Protocol(Frozen):
     family: Family = Field(
         default="encoder",
         description="encoder: pooled states and a head per task; seq2seq and causal: answers as text, no heads",
+    )
+    pooling: Pooling = Field(
+        default="mean",
+        description="of an encoder's hidden states: the mean over the tokens, or the state of the first or last token",
     )
     task_prefix: bool = Field(
         default=False, description="whether every text begins with its task's name, so that it tells the task"
@@ -207,6 +213,12 @@ class Protocol(Frozen):
     def _prefix_that_changes_something(self) -> Self:
         if self.task_prefix and self.family == "seq2seq":
             raise ValueError("task_prefix changes nothing with family = seq2seq, whose prompts name their task already")
+        return self
+
+    @model_validator(mode="after")
+    def _pooled_where_heads_read(self) -> Self:
+        if self.pooling != "mean" and self.family != "encoder":
+            raise ValueError(f"pooling = {self.pooling} is for family = encoder: text answers pool nothing")
         return self
 
     @model_validator(mode="after")

@@ -45,6 +45,8 @@ def _protocol_line(group: Group) -> str:
         parts.append(f"scored on at most {protocol.eval_rows:,} rows per task")
     if protocol.prompt == "cloze":
         parts.append("cloze prompts: no choice is shown, each is tried as what follows")
+    if protocol.pooling != "mean":
+        parts.append(f"heads read the {protocol.pooling} token")
     if protocol.task_prefix:
         parts.append("every text begins with its task's name")
     if protocol.evaluate_on == "fold":

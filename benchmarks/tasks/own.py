@@ -278,12 +278,17 @@ def _cut(name: str, rows: Sequence[Example], origin: str) -> tuple[tuple[Example
 
 
 def _refuse_shared_rows(train: Sequence[Example], test: Sequence[Example], train_name: str, test_name: str) -> None:
-    seen = {(row.first, row.second, row.choices) for row in train}
-    shared = [number for number, row in enumerate(test) if (row.first, row.second, row.choices) in seen]
+    seen = {(row.first, row.second, row.choices): number for number, row in enumerate(train)}
+    shared = [
+        (number, seen[row.first, row.second, row.choices])
+        for number, row in enumerate(test)
+        if (row.first, row.second, row.choices) in seen
+    ]
     if shared:
+        own, other = shared[0]
         raise InvalidData(
-            f"{test_name}, row {shared[0]} (the first is 0): the same texts are a row of {train_name}; {len(shared)} "
-            f"of {len(test)} test rows are. Remove them from one of the two"
+            f"{test_name}, row {own} (the first is 0): the same texts are row {other} of {train_name}; {len(shared)} "
+            f"of {len(test)} test rows are in both. Remove them from one of the two"
         )
 
 

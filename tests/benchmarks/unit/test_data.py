@@ -20,7 +20,7 @@ from benchmarks.cells.order import sorted_within_windows, training_order
 from benchmarks.cells.train import one_ahead, training_batches
 from benchmarks.families import family_of
 from benchmarks.families.batch import HeadRow
-from benchmarks.families.encoder import MultiTaskModel, collate, mean_pool, texts_of
+from benchmarks.families.encoder import MultiTaskModel, collate, pool, texts_of
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream, torch_stream
 from benchmarks.records.failures import Diverged
@@ -227,9 +227,12 @@ def test_collate_on_a_hand_worked_batch():
     assert choices.labels.tolist() == [1, 2]
 
 
-def test_mean_pooling_ignores_padding():
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]]])
-    assert mean_pool(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 4.0]]
+@pytest.mark.parametrize("mask", [[1, 1, 0], [0, 1, 1]])
+def test_pooling_ignores_padding_on_either_side(mask):
+    real = [[1.0, 2.0], [3.0, 6.0]]
+    hidden = torch.tensor([[*real, [9.0, 9.0]] if mask[0] else [[9.0, 9.0], *real]])
+    for how, wanted in (("mean", [2.0, 4.0]), ("first", real[0]), ("last", real[1])):
+        assert pool(hidden, torch.tensor([mask]), how).tolist() == [wanted]
 
 
 def test_a_mixed_batch_costs_the_mean_of_its_rows_alone():
