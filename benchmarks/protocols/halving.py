@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pydantic import PositiveFloat, PositiveInt
 
-from benchmarks.protocols.protocol import Frozen
+from benchmarks.protocols.frozen import Frozen
 
 WORST = -1.0
 """A trial that fails, or ends below this score, has this score: by how much it missed must not decide a mean."""

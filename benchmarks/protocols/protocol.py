@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from benchmarks.protocols.errors import UsageError
+from benchmarks.protocols.frozen import Frozen
 
 PROTOCOL_FOLDER = Path(__file__).parent
 
@@ -35,26 +32,6 @@ Family = Literal["encoder", "seq2seq", "causal"]
 Pooling = Literal["mean", "first", "last"]
 Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
 ProtocolType = TypeVar("ProtocolType", bound="Protocol")
-
-
-class Frozen(BaseModel):
-    """A validated object that does not change.
-
-    Attributes:
-        unwritten: fields that are not written where they hold their default. A field that joins a finished format is
-            named here, so that the content of what was written before it, and with it every hash, stays what it was.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    unwritten: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = write(self)
-        for name in self.unwritten & fields.keys():
-            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
-                del fields[name]
-        return fields
 
 
 class TimingPlan(Frozen):

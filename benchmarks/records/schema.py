@@ -8,7 +8,8 @@ from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, Field
 
-from benchmarks.protocols.protocol import NUMERICS_VERSION, Frozen, Protocol
+from benchmarks.protocols.frozen import Frozen
+from benchmarks.protocols.protocol import NUMERICS_VERSION, Protocol
 
 SCHEMA_VERSION: Final = 3
 

@@ -23,8 +23,8 @@ def tell_limits(group: Group, comparison: Table | None) -> str:
     else:
         verdicts = comparison.data["verdict"]
         decided = f"they decide {int(verdicts.isin(DECIDED).sum())} of {len(verdicts)} comparisons"
-    noise = " nor how much of a difference is the noise of training (--seeds 0,1,2 tells)," if seeds == 1 else ""
+    noise = "how much of a difference is the noise of training (--seeds 0,1,2 tells), " if seeds == 1 else ""
     return (
-        f"What the tables of {group.label} tell: after {budget} {decided}. They cannot tell{noise} "
+        f"What the tables of {group.label} tell: after {budget} {decided}. They cannot tell {noise}"
         f"where a method ends with more steps (--steps), nor how it fares on other data (--tasks)."
     )
