@@ -56,3 +56,12 @@ def reset(state: State) -> None:
 def on_meta(module: nn.Module) -> bool:
     """Whether the module was made without memory."""
     return any(parameter.is_meta for parameter in module.parameters())
+
+
+def check_values(state: State) -> None:
+    """Refuse adapters that were attached on the meta device and have memory but no values."""
+    if state.without_values is not None and not next(state.without_values.parameters()).is_meta:
+        raise Unsupported(
+            "the adapters were attached on the meta device and to_empty() gave them memory but no values: call "
+            "reset_parameters() on their attachment, then load what there is to load"
+        )

@@ -163,7 +163,7 @@ class SiteContext:
     def token_shares(self, x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows tokens"]:
         """`moepeft.ops.linear.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
         values, mask = self.forward.values, self.mask(x)
-        key = f"token_shares.{self.site.stream}"
+        key = f"token_shares.{self.site.stream}.{x.dtype}"
         left = values.get(key)
         if left is not None and left[0] is mask:
             shares: Tensor = left[1]
@@ -225,6 +225,14 @@ class SiteContext:
     def get(self, key: str) -> Any:
         """A value left by an earlier site of this forward, or None."""
         return self.forward.values.get(key)
+
+    @property
+    def prepared(self) -> Any:
+        """What `moepeft.protocols.Preparing.prepare` made for this site; None where the adapter makes its own."""
+        forward = self.forward
+        if torch.compiler.is_compiling() or (forward.grad and not torch.is_grad_enabled()):
+            return None  # reentrant checkpointing: the second run would find no way back to the parameters
+        return forward.prepared.get(self.site.name)
 
     def of_input(self, key: str, x: Tensor, make: Callable[[], T]) -> T:
         """A value made from the input `x`, once for all sites that receive this very tensor, as q, k and v do.

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .building import check_values
 from .calls import Part, Scope, continues, open_scope
-from .errors import GradientsLost, Unsupported
+from .errors import GradientsLost
 from .given import check_packed, checked_ids
 from .masks import Mask
+from .preparing import prepare
 from .runtime import Forward, Memory, Runtime
 from .sites import LinearSite
 from .state import ENTRY, Entry, State
@@ -33,10 +35,12 @@ _SEQUENCE_FIRST = ("xlnet", "fsmt")
 
 def install_entries(state: State) -> None:
     """Let the modules around adapted layers answer their calls."""
+    adapters = state.adapters
     for name, module in _around(state.model, state.sites).items():
         names = tuple(inspect.signature(module.forward).parameters)
         kept = {attribute: vars(module).get(attribute) for attribute in ("forward", "generate")}
-        setattr(module, ENTRY, Entry(state, names, _part(state.model, name, module), kept))
+        below = {site: adapter for site, adapter in adapters.items() if site.startswith(f"{name}." if name else "")}
+        setattr(module, ENTRY, Entry(state, names, _part(state.model, name, module), kept, below))
         _bind(module, "forward", _entry_forward)
         if callable(getattr(module, "generate", None)) and hasattr(module, "generation_config"):
             _bind(module, "generate", _entry_generate)
@@ -122,8 +126,10 @@ def _entry_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     call = {**dict(zip(entry.call_names, args, strict=False)), **kwargs}
     if forward is None:
         kwargs.pop("task_ids", None)
-        runtime.begin(_forward_of(entry, call, module.training))
+        forward = _forward_of(entry, call, module.training)
+        runtime.begin(forward)
         try:
+            prepare(entry.state, entry.adapters, forward)
             output = inner(*args, **kwargs)
         finally:
             runtime.end()
@@ -186,6 +192,7 @@ def _checkpoint(runtime: Runtime, checkpoint: Callable[..., Any], function: Any,
 
 def _again(runtime: Runtime, memory: Memory, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if runtime.forward is not None or backward_under_way() is None:
+        memory.without_grad = not torch.is_grad_enabled()
         return function(*args, **kwargs)
     with runtime.resumed(memory):
         return function(*args, **kwargs)
@@ -261,12 +268,3 @@ def backward_under_way() -> int | None:
         return None
     number: int = torch._C._current_graph_task_id()
     return None if number == -1 else number
-
-
-def check_values(state: State) -> None:
-    """Refuse adapters that were attached on the meta device and have memory but no values."""
-    if state.without_values is not None and not next(state.without_values.parameters()).is_meta:
-        raise Unsupported(
-            "the adapters were attached on the meta device and to_empty() gave them memory but no values: call "
-            "reset_parameters() on their attachment, then load what there is to load"
-        )

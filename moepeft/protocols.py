@@ -27,6 +27,7 @@ __all__ = [
     "LinearSite",
     "LoRAShaped",
     "Mergeable",
+    "Preparing",
     "Role",
     "Routing",
     "Stream",
@@ -94,6 +95,24 @@ class Stepping(Protocol):
 
         Args:
             counts: the tallies of all training forwards since the last optimiser step, summed, over all processes.
+        """
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A factory that makes some of what its adapters need for all of them at once, when a forward begins. Optional.
+
+    An adapter finds its part by `SiteContext.prepared`. Where it finds none, it makes its own: definitions, compiled
+    graphs, sharded parameters and layers called by themselves go site by site.
+    """
+
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Any]:
+        """What each of the adapters needs; nothing at all where they had better make their own.
+
+        Args:
+            adapters: of sites below the called module, on one device.
+            task_sets: tasks (rows, ids) of the rows of the call, None where none were given.
         """
         ...
 

@@ -74,6 +74,7 @@ class Forward:
         losses: loss name -> site name, numbered from its second use on -> term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
         of_inputs: what sites made of an input that others receive as well, by key, beside that input.
+        prepared: site name -> what the method made for the site when the forward began (`moepeft.preparing`).
         counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
         sequence_first: a block has been seen that gets (positions, rows, features).
         masks: made of what calls were given, by the tensor.
@@ -92,6 +93,7 @@ class Forward:
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     counted: dict[str, Tensor] = field(default_factory=dict)
     sequence_first: bool = False
     masks: dict[int, Mask] = field(default_factory=dict)
@@ -130,13 +132,18 @@ class Forward:
 
 @dataclass(eq=False)
 class Memory:
-    """What a block that is computed again must see. It holds no graph."""
+    """What a block that is computed again must see. It holds no graph but that of what was prepared.
+
+    A block that ran without gradients at first, as reentrant checkpointing lets it, prepares its own in the second run.
+    """
 
     task_ids: Tensor | None
     scope: Scope
     settings: Settings
     continues: bool
     values: Mapping[str, Any]
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    without_grad: bool = False
     used: bool = False
     shared: bool = False
 
@@ -145,9 +152,11 @@ class Memory:
         if self.shared:
             raise MissingRouting(_SEVERAL)
         self.used = True
-        return Forward(
+        again = Forward(
             self.task_ids, [self.scope], self.settings, self.continues, recomputes=True, values=dict(self.values)
         )
+        again.prepared = {} if self.without_grad else self.prepared
+        return again
 
 
 class Runtime:
@@ -208,7 +217,7 @@ class Runtime:
         last = self.last
         self.local.forward = None
         last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
-        last.masks = {}
+        last.masks, last.prepared = {}, {}
         for site, counts in last.counted.items():
             self.tallies[site] = self.tallies[site] + counts if site in self.tallies else counts
         last.counted = {}
@@ -234,7 +243,9 @@ class Runtime:
         assert forward is not None
         values = {key: _without_graph(value) for key, value in forward.values.items()}
         scope = forward.scope.past_the_call()
-        return Memory(forward.task_ids, scope, forward.settings, forward.continues, values)
+        memory = Memory(forward.task_ids, scope, forward.settings, forward.continues, values, forward.prepared)
+        memory.without_grad = not torch.is_grad_enabled()
+        return memory
 
     def remember(self, block_input: Tensor) -> None:
         """Note what the forward under way knows, for the block that receives this input."""

@@ -188,12 +188,14 @@ class Entry(NamedTuple):
         call_names: names of the positional arguments of its forward.
         part: what it is a part of.
         kept: `forward` and `generate` as another library had bound them before.
+        adapters: site name -> adapter, of the sites below the module.
     """
 
     state: State
     call_names: tuple[str, ...]
     part: Part
     kept: Mapping[str, Any]
+    adapters: Mapping[str, nn.Module]
 
 
 def _is_regrouped(name: str) -> bool:

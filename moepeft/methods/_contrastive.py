@@ -99,11 +99,13 @@ def record_contrastive(
     table: Float[Tensor, "tasks d"],
     tasks: Int[Tensor, "rows"],
 ) -> None:
-    """Record a site's term of `contrastive_task_loss`: of the sequences where `tasks` are those of packed rows."""
+    """Record a site's term of `contrastive_task_loss`: of the sequences where `tasks` are those of packed rows.
+
+    The table is a copy of the parameter: a sharded parameter is whole only while its layer runs.
+    """
     segments: Segments | None = ctx.get("segments")
     if segments is not None:
         tasks = tasks[segments.first]
     if not torch.is_grad_enabled():  # reentrant checkpointing: a view of the input would not show it
         summary = summary.detach()
-    # A copy: a sharded parameter is whole only while its layer runs.
-    ctx.loss("contrastive", ContrastiveTerm(summary, table.clone(), tasks))
+    ctx.loss("contrastive", ContrastiveTerm(summary, table, tasks))

@@ -106,6 +106,12 @@ class MOELoRA(MethodConfig):
         factors = sum(self.rank * (site.in_features + site.out_features) for site in sites)
         return factors + gates * self.task_dim * (self.num_experts + self.num_tasks)
 
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Tensor]:
+        """The weights of the experts, where all sites share the gate."""
+        first = adapters[0]
+        assert isinstance(first, MOELoRAAdapter)
+        return [first.weights(task_sets)] * len(adapters) if self.gate == "shared" and task_sets is not None else ()
+
 
 class TaskGate(nn.Module):
     """Task table (T, d_t) and gate (E, d_t)."""
@@ -134,13 +140,12 @@ def add_experts(
     A: Float[Tensor, "r i"],
     B: Float[Tensor, "o r"],
     w: Float[Tensor, "rows experts"],
-    scale: float,
 ) -> Float[Tensor, "rows *n o"]:
-    """y + scale sum_i w_i B_i A_i x: expert i owns rows i r/E to (i+1) r/E of the rank, and w weighs it in each row."""
+    """y + sum_i w_i B_i A_i x: expert i owns rows i r/E to (i+1) r/E of the rank; w_i of each row, with alpha / r."""
     experts = w.shape[1]
     for A_i, B_i, w_i in zip(A.chunk(experts), B.chunk(experts, dim=1), w.T, strict=True):
         output = F.linear(F.linear(x, A_i.to(x.dtype)), B_i.to(x.dtype))
-        y = y + (scale * per_row(w_i[:, None], output) * output).to(y.dtype)
+        y = y + (per_row(w_i[:, None], output) * output).to(y.dtype)
     return y
 
 
@@ -168,18 +173,19 @@ class MOELoRAAdapter(nn.Module):
         """The frozen layer's output plus the experts' weighted sum."""
         y = base(x)
         w = self._weights(x, ctx)
-        return add_experts(y, self.dropout(x), self.A, self.B, w, self.scale)
+        return add_experts(y, self.dropout(x), self.A, self.B, w)
+
+    def weights(self, task_sets: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows experts"]:
+        """alpha / r times the gate's weights of the experts."""
+        gates: Tensor = self.gate(task_sets)
+        return self.scale * gates
 
     def _weights(self, x: Tensor, ctx: SiteContext) -> Float[Tensor, "rows experts"]:
-        """The gate's weights of the experts; sites that share gate and input compute them once."""
-
-        def make() -> Tensor:
-            weights: Tensor = self.gate(ctx.task_sets(x.shape[0]))
-            return weights
-
-        weights = make() if self.own_gate is not None else ctx.of_input("moelora.gates", x, make)
-        ctx.stat("gates", weights)
-        return weights
+        """`weights` of the input's rows; those of a shared gate are made once in a forward."""
+        rows, made = x.shape[0], ctx.prepared
+        w = self.weights(ctx.task_sets(rows)) if made is None else ctx.spread(made, rows, f"{len(made)} task ids")
+        ctx.stat("gates", lambda: w / self.scale)
+        return w
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(w_t) A."""

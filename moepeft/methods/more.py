@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ from moepeft.methods._fast import more as _fast
 from moepeft.methods._released.more import RECIPES, FrozenChoice
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import add_linear, per_row
+from moepeft.ops.linear import add_linear, computing_type, per_row
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -158,6 +158,12 @@ class MoRE(MethodConfig):
         """Coefficient times the mean over sites."""
         return self.contrastive * contrastive_task_loss(terms, self.temperature)
 
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Selected]:
+        """What trained selectors select for the call's rows; a frozen choice is looked up site by site."""
+        if task_sets is None or task_sets.shape[1] != 1 or self.selector == "frozen":
+            return ()
+        return select_all([adapter for adapter in adapters if isinstance(adapter, MoREAdapter)], task_sets[:, 0])
+
     def ladder(self) -> tuple[Int[Tensor, "ranks r"], float]:
         """Weight of term k at rank m, in row m - 1 and column k - 1: whole numbers, exact in every type; their unit."""
         term = torch.arange(1, self.rank + 1)
@@ -170,7 +176,23 @@ class MoRE(MethodConfig):
         return used * rank, 1 / (self.factor_tasks or self.num_tasks if self.scaling == "tasks" else self.rank)
 
 
-@has_fast_path(_fast.term_weights)
+class Selector(NamedTuple):
+    """What selects the ranks of a site's tasks: e, G and c."""
+
+    table: Float[Tensor, "tasks i"]
+    gate: Float[Tensor, "ranks i"]
+    bias: Float[Tensor, "ranks"]
+
+
+Selected = tuple[Float[Tensor, "rows r"], Float[Tensor, "tasks i"]]
+"""Weights of a site's rank-one terms for every row, and the site's task table, for the contrastive loss."""
+
+
+def probabilities(selector: Selector) -> Float[Tensor, "tasks ranks"]:
+    """p: of every rank, for every task."""
+    return F.linear(*selector).softmax(dim=-1)
+
+
 def term_weights(
     p: Float[Tensor, "tasks ranks"], ladder: Int[Tensor, "ranks r"], unit: float
 ) -> Float[Tensor, "tasks r"]:
@@ -179,6 +201,20 @@ def term_weights(
     p_m = p.gather(-1, m)
     s = p_m - p_m.detach() + 1  # straight through
     return s * ladder.index_select(0, m.squeeze(-1)).to(p.dtype) * unit
+
+
+@has_fast_path(_fast.select_terms, compiled=False)
+def select_terms(
+    selectors: Sequence[Selector],
+    ladder: Int[Tensor, "ranks r"],
+    unit: float,
+    tasks: Int[Tensor, "rows"],
+    kind: torch.dtype,
+) -> Sequence[Selected]:
+    """Of every site: `term_weights` of its tasks, for rows of `tasks`, in the type in which the terms are computed."""
+    weights = [term_weights(probabilities(each), ladder, unit).index_select(0, tasks) for each in selectors]
+    # A copy of the table: a sharded parameter is whole only while its layer runs.
+    return [(w.to(kind), each.table.clone()) for w, each in zip(weights, selectors, strict=True)]
 
 
 def add_terms(
@@ -212,32 +248,37 @@ class MoREAdapter(nn.Module):
 
     ladder: Tensor
 
-    def probabilities(self) -> Float[Tensor, "tasks ranks"]:
-        """p: of every rank, for every task."""
-        with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
-            logits: Tensor = self.gate(self.task_embedding)
-            return logits.softmax(dim=-1)
+    @property
+    def selector(self) -> Selector:
+        """What selects the ranks."""
+        return Selector(self.task_embedding, self.gate.weight, self.gate.bias)
 
     def choice(self) -> Int[Tensor, "tasks"]:
         """Which of the ranks every task uses, counted from 0."""
-        return self.probabilities().argmax(dim=-1)
+        with torch.autocast(device_type=self.A.device.type, enabled=False):
+            return probabilities(self.selector).argmax(dim=-1)
 
     def ranks(self) -> Int[Tensor, "tasks"]:
         """Rank of every task."""
         return (self.choice() + 1).clamp(max=self.config.rank)
 
-    def term_weights(self, scale: float = 1.0) -> Float[Tensor, "tasks r"]:
-        """`scale` times the weight of each rank-one term for each task."""
-        return term_weights(self.probabilities(), self.ladder, scale * self.unit)
+    def term_weights(self) -> Float[Tensor, "tasks r"]:
+        """The weight of each rank-one term for each task."""
+        return term_weights(probabilities(self.selector), self.ladder, self.unit)
+
+    def select(self, tasks: Int[Tensor, "rows"]) -> Selected:
+        """alpha / r times the terms' weights, for rows of `tasks`."""
+        return select_all([self], tasks)[0]
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus each row's first m_t rank-one terms."""
         tasks = ctx.tasks(x.shape[0])
+        w, table = ctx.prepared or self.select(tasks)
         if self.training and self.gives_term:
             x, summary = with_summary(x, ctx, self.config.anchor)
-            record_contrastive(ctx, summary, self.task_embedding, tasks)
+            record_contrastive(ctx, summary, table, tasks)
         y = base(x)
-        w = self.term_weights(self.scale).index_select(0, tasks)
+        w = ctx.spread(w, x.shape[0], f"weights of {len(w)} rows")
         # Its experts are the ranks: a task has chosen one of them.
         ctx.stat("gates", lambda: F.one_hot(self.choice(), self.config.choices)[tasks].to(w.dtype))
         return add_terms(y, self.dropout(x), self.A, self.B, w)
@@ -255,3 +296,15 @@ class MoREAdapter(nn.Module):
 
 class FrozenMoREAdapter(FrozenChoice, MoREAdapter):
     """The selector of the release."""
+
+    def select(self, tasks: Int[Tensor, "rows"]) -> Selected:
+        """alpha / r times the weights of the frozen ranks' terms."""
+        return self.scale * self.term_weights().index_select(0, tasks), self.task_embedding.clone()
+
+
+def select_all(adapters: Sequence[MoREAdapter], tasks: Int[Tensor, "rows"]) -> Sequence[Selected]:
+    """`select_terms` of these sites, with alpha / r."""
+    first = adapters[0]
+    kind, unit = computing_type(first.A), first.scale * first.unit
+    with torch.autocast(device_type=first.A.device.type, enabled=False):  # a rounded gate picks other ranks
+        return select_terms([each.selector for each in adapters], first.ladder, unit, tasks, kind)

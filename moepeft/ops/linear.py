@@ -12,6 +12,12 @@ from moepeft.fast import has_fast_path
 from . import _fast
 
 
+def computing_type(parameter: Tensor) -> torch.dtype:
+    """The type of products with the parameter: autocast's where it is on."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+
+
 def per_row(weight: Tensor, x: Tensor) -> Tensor:
     """View a weight of shape (rows, n) so that it multiplies features of `x` (rows, ..., n) row by row."""
     return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)

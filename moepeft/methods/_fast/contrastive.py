@@ -1,34 +1,46 @@
 """Fast path of `moepeft.methods._contrastive.contrastive_task_loss`.
 
-Sites of one shape are computed together. One by one, dozens of kernels on tensors this small would cost more than what
-they compute.
+Sites of one width are multiplied together, and what comes after the products is computed for all sites at once. One by
+one, dozens of kernels on tensors this small would cost more than what they compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepeft.ops.together import alike
+
 Term = tuple[Tensor, Tensor, Tensor]
+LEAST = 1e-24
+"""Square of the least norm that `F.normalize` divides by."""
 
 
 def contrastive_task_loss(terms: Sequence[Term], temperature: float) -> Tensor:
-    """The loss, one batched product per shape of sites."""
-    alike: dict[Any, list[Term]] = {}
-    for term in terms:
-        alike.setdefault(tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in term[:2]), []).append(term)
-    sums = []
-    for group in alike.values():
-        summaries, tables = (torch.stack(tensors) for tensors in list(zip(*group, strict=True))[:2])
-        wide = torch.promote_types(tables.dtype, torch.float32)
-        with torch.autocast(device_type=tables.device.type, enabled=False):
-            # This way round the tables' gradients come in the order of the tables.
-            cosines = (F.normalize(tables.to(wide), dim=-1) @ F.normalize(summaries.to(wide), dim=-1).mT).mT
-            tasks = group[0][2].repeat(len(group))
-            losses = F.cross_entropy((cosines / temperature).flatten(0, 1), tasks, reduction="sum")
-        sums.append(losses / len(group[0][2]))
-    return torch.stack(sums).sum() / len(terms)
+    """The loss: sites whose batches have as many rows and tasks are computed together."""
+    groups = alike([(len(summary), len(table)) for summary, table, _ in terms])
+    sums = [_sum_over_sites([terms[number] for number in group], temperature) for group in groups]
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()) / len(terms)
+
+
+def _sum_over_sites(terms: Sequence[Term], temperature: float) -> Tensor:
+    """The sum over sites of a loss that is a mean over rows."""
+    summary, table, tasks = terms[0]
+    sizes = [len(summary), len(table)]
+    wide = torch.promote_types(table.dtype, torch.float32)
+    products, squares = [], []
+    with torch.autocast(device_type=table.device.type, enabled=False):
+        for group in alike([term[1].shape[1] for term in terms]):
+            both = torch.cat([tensor for number in group for tensor in terms[number][:2]]).to(wide)
+            both = both.view(len(group), sum(sizes), -1)
+            rows, embeddings = torch.split(both, sizes, dim=1)
+            products.append(rows @ embeddings.mT)
+            squares.append(both.square().sum(dim=-1))
+        inverse = torch.cat(squares).clamp(min=LEAST).rsqrt()
+        of_rows, of_embeddings = torch.split(inverse, sizes, dim=1)
+        cosines = torch.cat(products) * of_rows.unsqueeze(2) * of_embeddings.unsqueeze(1)
+        every = tasks.repeat(len(terms))  # a cross entropy does not care which site a row is of
+        return F.cross_entropy(cosines.flatten(0, 1) / temperature, every, reduction="sum") / sizes[0]

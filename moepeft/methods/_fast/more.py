@@ -1,33 +1,38 @@
-"""Fast path of MoRE's selector: its gradient is put in its place by one scatter. Can be differentiated once."""
+"""Fast path of MoRE's selectors: those of all sites together.
+
+The logits of sites of one width are one product. All that follows is one operation for all sites.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from moepeft.ops.together import Together, alike
+
+Selector = tuple[Tensor, Tensor, Tensor]
+"""`moepeft.methods.more.Selector`: task table, gate, bias."""
 
 
-def term_weights(p: Tensor, ladder: Tensor, unit: float) -> Tensor:
-    """Fast path of `moepeft.methods.more.term_weights`."""
-    weights: Tensor = _TermWeights.apply(p, ladder, unit)  # type: ignore[no-untyped-call]
-    return weights
-
-
-class _TermWeights(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, ladder: Tensor, unit: float) -> Tensor:
-        choice = p.argmax(dim=-1)
-        weights = ladder.index_select(0, choice).to(p.dtype) * unit
-        ctx.save_for_backward(choice, weights)
-        ctx.ranks = p.shape[-1]
-        return weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        choice, weights = ctx.saved_tensors
-        of_chosen = (gradient * weights).sum(dim=-1, keepdim=True)
-        nothing = weights.new_zeros(len(weights), ctx.ranks)
-        return nothing.scatter_(-1, choice.unsqueeze(-1), of_chosen), None, None
+def select_terms(
+    selectors: Sequence[Selector], ladder: Tensor, unit: float, tasks: Tensor, kind: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Fast path of `moepeft.methods.more.select_terms`."""
+    together, logits, order = Together(len(selectors)), [], list[int]()
+    tables: dict[int, Tensor] = {}
+    for group in alike([table.shape[1] for table, _, _ in selectors]):
+        table, gate, bias = (
+            together.stack(column, group) for column in zip(*(selectors[n] for n in group), strict=True)
+        )
+        logits.append(torch.baddbmm(bias.unsqueeze(1), table, gate.mT))
+        tables.update(zip(group, together.apart(table, group), strict=True))
+        order += group
+    p = torch.cat(logits).softmax(dim=-1)
+    p_m, m = p.max(dim=-1, keepdim=True)
+    s = p_m - p_m.detach() + 1
+    rungs = (ladder * unit).to(p.dtype).index_select(0, m.flatten()).view(*m.shape[:2], -1)
+    of_rows = together.apart((s * rungs).index_select(1, tasks).to(kind), order)
+    weights = dict(zip(order, of_rows, strict=True))
+    return [(weights[number], tables[number]) for number in range(len(selectors))]

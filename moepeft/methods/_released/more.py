@@ -67,9 +67,9 @@ class FrozenChoice(nn.Module):
         self._map_known = False
         super()._load_from_state_dict(*args, **kwargs)
 
-    def term_weights(self, scale: float = 1.0) -> Float[Tensor, "tasks r"]:
+    def term_weights(self) -> Float[Tensor, "tasks r"]:
         """The rung of the frozen rank."""
-        weights = self.ladder.index_select(0, self.choice()).to(self.A.dtype) * (scale * self.unit)
+        weights = self.ladder.index_select(0, self.choice()).to(self.A.dtype) * self.unit
         if has_processes():
             # Data parallelism waits for a gradient of every parameter, were it zero: tie in what nothing trains.
             idle = (self.gate.weight, self.gate.bias, self.task_embedding)

@@ -1,0 +1,46 @@
+"""What adapters need and no activation decides, made for all of them at once when a forward begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .fast import fast_paths_enabled
+from .ops.processes import has_processes
+from .protocols import Preparing
+from .runtime import Forward
+from .shards import is_sharded
+from .state import State
+
+
+def prepare(state: State, adapters: Mapping[str, nn.Module], forward: Forward) -> None:
+    """Let the method prepare the adapters below the called module (`moepeft.protocols.Preparing`).
+
+    Definitions and compiled graphs go site by site. So does a site whose parameters are elsewhere at this moment:
+    sharded, offloaded or on another device.
+
+    Args:
+        state: of the model.
+        adapters: site name -> adapter, of the sites below the called module.
+        forward: the one that has begun.
+    """
+    idle = not forward.settings.enabled or state.merged
+    if idle or not isinstance(state.factory, Preparing) or not fast_paths_enabled() or torch.compiler.is_compiling():
+        return
+    sets = forward.task_ids if forward.task_ids is None or forward.task_ids.dim() == 2 else forward.task_ids[:, None]
+    homes = {name: _home(adapter) for name, adapter in adapters.items()}
+    home = next((home for home in homes.values() if home is not None), None) if sets is None else sets.device
+    names = [name for name in adapters if homes[name] is not None and homes[name] == home]
+    if names:
+        made = state.factory.prepare([adapters[name] for name in names], sets)
+        forward.prepared = dict(zip(names, made, strict=False))
+
+
+def _home(adapter: nn.Module) -> torch.device | None:
+    """Where the adapter's own parameters are; None if they have no values there at present."""
+    parameter = next(iter(adapter._parameters.values()), None)
+    if parameter is None or parameter.is_meta or (has_processes() and is_sharded(parameter)):
+        return None
+    return parameter.device
