@@ -13,16 +13,31 @@ Once = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
 """`SiteContext.of_input`: makes what depends on an input alone once for all sites that read the input."""
 
 
+class Ready(NamedTuple):
+    """What the fast path has made of a pyramid before an input is known.
+
+    Attributes:
+        factors: the seed's two factors, transposed, below each other.
+        blocks: the experts' kernels with f_e, as block-diagonal matrices; None where `kernel` is there.
+        kernel: the gated kernels of every row.
+    """
+
+    factors: Float[Tensor, "i_g_and_o_g_and_one k"]
+    blocks: Float[Tensor, "experts S_S"] | None
+    kernel: Float[Tensor, "rows S_S"] | None
+
+
 class Pyramid(NamedTuple):
     """What a site's experts are made of: the seed, and per scale, ascending, its kernels and f_e.
 
-    f_e is alpha / r times the dimension factor.
+    f_e is alpha / r times the dimension factor. `ready` is what the fast path has made of them.
     """
 
     A: Float[Tensor, "r i_s"]
     B: Float[Tensor, "o_s r"]
     kernels: Sequence[Float[Tensor, "_ _ _"]]
     factors: Sequence[float]
+    ready: Ready | None = None
 
 
 class Definition(NamedTuple):

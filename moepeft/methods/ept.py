@@ -51,14 +51,13 @@ from moepeft.methods._contrastive import (
     with_summary,
 )
 from moepeft.methods._fast import ept as _fast
-from moepeft.methods._pyramid import Definition, Once, Pyramid, add_experts
+from moepeft.methods._prepared import Prepared, prepare_sites
+from moepeft.methods._pyramid import Definition, Once, Pyramid, Ready, add_experts
 from moepeft.methods._released import ept as _released
+from moepeft.methods._task_gates import Gates, expert_gates
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.gates import top_k_gates
 from moepeft.protocols import Base, Capabilities, LinearSite
-
-Gates = Literal["softmax", "double_softmax", "softmax_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +215,10 @@ class EPT(MethodConfig):
             total += len(self.kernels) * (i + self.gate_bias) + self.num_tasks * i
         return total
 
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Prepared]:
+        """Gates of the call's rows, and for the fast path what the experts' parameters become."""
+        return prepare_sites([each for each in adapters if isinstance(each, EPTAdapter)], task_sets)
+
     def aux_loss(self, name: str, terms: Sequence[ContrastiveTerm]) -> Tensor:
         """Coefficient times the mean over sites."""
         return self.contrastive * contrastive_task_loss(terms, self.temperature)
@@ -250,14 +253,6 @@ def add_pyramid(y: Tensor, x: Tensor, gates: Tensor, pyramid: Pyramid, once: Onc
 PUBLISHED = Definition(lambda s, out_features: (s, s), add_pyramid)
 
 
-def expert_gates(logits: Float[Tensor, "*n experts"], k: int, reading: Gates) -> Float[Tensor, "*n experts"]:
-    """g: zero but for the k largest logits."""
-    if reading == "softmax":
-        return top_k_gates(logits, k)
-    p = logits.softmax(dim=-1)
-    return top_k_gates(p, k) if reading == "double_softmax" else p * (top_k_gates(logits, k) > 0)
-
-
 # ---------------------------------------------------------------------- adapter
 
 
@@ -285,32 +280,34 @@ class EPTAdapter(nn.Module):
     def route(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
         """Gates of what is routed (task embeddings or tokens): zero but for the top k."""
         with torch.autocast(device_type=routed.device.type, enabled=False):
-            logits = self.gate(routed.to(self.gate.weight.dtype))
-        heat = self.config.router_temperature
-        return expert_gates(logits if heat == 1 else logits / heat, self.config.top_k, self.config.gates)
+            return self.choose(self.gate(routed.to(self.gate.weight.dtype)))
+
+    def choose(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:
+        """Gates of the router's logits."""
+        return expert_gates(logits / self.config.router_temperature, self.config.top_k, self.config.gates)
+
+    def pyramid(self, ready: Ready | None = None) -> Pyramid:
+        """What the experts are made of."""
+        return Pyramid(self.A, self.B, list(self.kernels), self.factors, ready)
 
     def add_update(
-        self, y: Float[Tensor, "rows *n o"], x: Float[Tensor, "rows *n i"], gates: Tensor, once: Once | None = None
+        self, y: Tensor, x: Tensor, gates: Tensor, once: Once | None = None, ready: Ready | None = None
     ) -> Float[Tensor, "rows *n o"]:
         """y plus the gated experts' updates; gates are (rows, experts) or (rows, *n, experts)."""
-        pyramid = Pyramid(self.A, self.B, list(self.kernels), self.factors)
-        return self.config.definition.add_update(y, x, gates, pyramid, once)
+        return self.config.definition.add_update(y, x, gates, self.pyramid(ready), once)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
-        wants_loss = self.training and self.gives_term
-        tasks = ctx.tasks(x.shape[0]) if self.config.routing == "task" or wants_loss else None
-        if wants_loss:
-            assert tasks is not None
+        wants_loss, rows = self.training and self.gives_term, x.shape[0]
+        tasks = ctx.tasks(rows) if self.config.routing == "task" or wants_loss else None
+        made: Prepared = ctx.prepared or prepare_sites([self], None if tasks is None else tasks.unsqueeze(1))[0]
+        gates, ready = (self.route(x), made.ready) if made.gates is None else made.spread(rows, ctx)
+        if tasks is not None and wants_loss:
             x, summary = with_summary(x, ctx, self.config.anchor)
-            record_contrastive(ctx, summary, self.task_embedding, tasks)
-        if self.config.routing == "token":
-            gates = self.route(x)
-        else:
-            assert tasks is not None
-            gates = self.route(self.task_embedding).index_select(0, tasks)
+            table = self.task_embedding.clone() if made.table is None else made.table
+            record_contrastive(ctx, summary, table, tasks)
         ctx.stat("gates", gates)
-        return self.add_update(base(x), self.dropout(x), gates, ctx.of_input)
+        return self.add_update(base(x), self.dropout(x), gates, ctx.of_input, ready)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """The task's update as a matrix: what `add_update` adds for the unit vectors."""

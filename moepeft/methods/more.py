@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,6 @@ from torch import Tensor, nn
 
 from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
-from moepeft.fast import has_fast_path
 from moepeft.methods._contrastive import (
     ContrastiveSites,
     ContrastiveTerm,
@@ -49,8 +48,8 @@ from moepeft.methods._contrastive import (
     record_contrastive,
     with_summary,
 )
-from moepeft.methods._fast import more as _fast
 from moepeft.methods._released.more import RECIPES, FrozenChoice
+from moepeft.methods._task_gates import Selector, route_rows
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import add_linear, computing_type, per_row
@@ -158,11 +157,11 @@ class MoRE(MethodConfig):
         """Coefficient times the mean over sites."""
         return self.contrastive * contrastive_task_loss(terms, self.temperature)
 
-    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Selected]:
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[tuple[Tensor, Tensor]]:
         """What trained selectors select for the call's rows; a frozen choice is looked up site by site."""
         if task_sets is None or task_sets.shape[1] != 1 or self.selector == "frozen":
             return ()
-        return select_all([adapter for adapter in adapters if isinstance(adapter, MoREAdapter)], task_sets[:, 0])
+        return select_terms([each for each in adapters if isinstance(each, MoREAdapter)], task_sets[:, 0])
 
     def ladder(self) -> tuple[Int[Tensor, "ranks r"], float]:
         """Weight of term k at rank m, in row m - 1 and column k - 1: whole numbers, exact in every type; their unit."""
@@ -176,45 +175,13 @@ class MoRE(MethodConfig):
         return used * rank, 1 / (self.factor_tasks or self.num_tasks if self.scaling == "tasks" else self.rank)
 
 
-class Selector(NamedTuple):
-    """What selects the ranks of a site's tasks: e, G and c."""
-
-    table: Float[Tensor, "tasks i"]
-    gate: Float[Tensor, "ranks i"]
-    bias: Float[Tensor, "ranks"]
-
-
-Selected = tuple[Float[Tensor, "rows r"], Float[Tensor, "tasks i"]]
-"""Weights of a site's rank-one terms for every row, and the site's task table, for the contrastive loss."""
-
-
-def probabilities(selector: Selector) -> Float[Tensor, "tasks ranks"]:
-    """p: of every rank, for every task."""
-    return F.linear(*selector).softmax(dim=-1)
-
-
 def term_weights(
-    p: Float[Tensor, "tasks ranks"], ladder: Int[Tensor, "ranks r"], unit: float
-) -> Float[Tensor, "tasks r"]:
+    p: Float[Tensor, "*sites tasks ranks"], ladder: Int[Tensor, "ranks r"], unit: float
+) -> Float[Tensor, "*sites tasks r"]:
     """Weights of the rank-one terms of each task: the rung of the task's likeliest rank m, times s, times `unit`."""
-    m = p.argmax(dim=-1, keepdim=True)
-    p_m = p.gather(-1, m)
+    p_m, m = p.max(dim=-1, keepdim=True)
     s = p_m - p_m.detach() + 1  # straight through
-    return s * ladder.index_select(0, m.squeeze(-1)).to(p.dtype) * unit
-
-
-@has_fast_path(_fast.select_terms, compiled=False)
-def select_terms(
-    selectors: Sequence[Selector],
-    ladder: Int[Tensor, "ranks r"],
-    unit: float,
-    tasks: Int[Tensor, "rows"],
-    kind: torch.dtype,
-) -> Sequence[Selected]:
-    """Of every site: `term_weights` of its tasks, for rows of `tasks`, in the type in which the terms are computed."""
-    weights = [term_weights(probabilities(each), ladder, unit).index_select(0, tasks) for each in selectors]
-    # A copy of the table: a sharded parameter is whole only while its layer runs.
-    return [(w.to(kind), each.table.clone()) for w, each in zip(weights, selectors, strict=True)]
+    return s * (ladder * unit).to(p.dtype)[m.squeeze(-1)]
 
 
 def add_terms(
@@ -253,10 +220,14 @@ class MoREAdapter(nn.Module):
         """What selects the ranks."""
         return Selector(self.task_embedding, self.gate.weight, self.gate.bias)
 
+    def probabilities(self) -> Float[Tensor, "tasks ranks"]:
+        """p: of every rank, for every task."""
+        with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
+            return F.linear(*self.selector).softmax(dim=-1)
+
     def choice(self) -> Int[Tensor, "tasks"]:
         """Which of the ranks every task uses, counted from 0."""
-        with torch.autocast(device_type=self.A.device.type, enabled=False):
-            return probabilities(self.selector).argmax(dim=-1)
+        return self.probabilities().argmax(dim=-1)
 
     def ranks(self) -> Int[Tensor, "tasks"]:
         """Rank of every task."""
@@ -264,11 +235,11 @@ class MoREAdapter(nn.Module):
 
     def term_weights(self) -> Float[Tensor, "tasks r"]:
         """The weight of each rank-one term for each task."""
-        return term_weights(probabilities(self.selector), self.ladder, self.unit)
+        return term_weights(self.probabilities(), self.ladder, self.unit)
 
-    def select(self, tasks: Int[Tensor, "rows"]) -> Selected:
-        """alpha / r times the terms' weights, for rows of `tasks`."""
-        return select_all([self], tasks)[0]
+    def select(self, tasks: Int[Tensor, "rows"]) -> tuple[Float[Tensor, "rows r"], Float[Tensor, "tasks i"]]:
+        """alpha / r times the terms' weights, for rows of `tasks`; and a copy of the task table."""
+        return select_terms([self], tasks)[0]
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus each row's first m_t rank-one terms."""
@@ -297,14 +268,18 @@ class MoREAdapter(nn.Module):
 class FrozenMoREAdapter(FrozenChoice, MoREAdapter):
     """The selector of the release."""
 
-    def select(self, tasks: Int[Tensor, "rows"]) -> Selected:
+    def select(self, tasks: Int[Tensor, "rows"]) -> tuple[Float[Tensor, "rows r"], Float[Tensor, "tasks i"]]:
         """alpha / r times the weights of the frozen ranks' terms."""
         return self.scale * self.term_weights().index_select(0, tasks), self.task_embedding.clone()
 
 
-def select_all(adapters: Sequence[MoREAdapter], tasks: Int[Tensor, "rows"]) -> Sequence[Selected]:
-    """`select_terms` of these sites, with alpha / r."""
-    first = adapters[0]
-    kind, unit = computing_type(first.A), first.scale * first.unit
+def select_terms(sites: Sequence[MoREAdapter], tasks: Int[Tensor, "rows"]) -> Sequence[tuple[Tensor, Tensor]]:
+    """alpha / r times the terms' weights of these sites, for rows of `tasks`; and a copy of each task table."""
+    first, selectors = sites[0], [site.selector for site in sites]
+
+    def weigh(logits: Tensor) -> Tensor:
+        return term_weights(logits.softmax(dim=-1), first.ladder, first.scale * first.unit)
+
+    kind = computing_type(first.A)
     with torch.autocast(device_type=first.A.device.type, enabled=False):  # a rounded gate picks other ranks
-        return select_terms([each.selector for each in adapters], first.ladder, unit, tasks, kind)
+        return route_rows(selectors, weigh, tasks, kind)

@@ -132,6 +132,11 @@ class TuckA(MethodConfig):
         assert isinstance(shared, Router)
         return TuckAAdapter(site, self, shared)
 
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[_fast.Ready]:
+        """The experts' matrices, for the fast path."""
+        factors = [adapter.factors() for adapter in adapters if isinstance(adapter, TuckAAdapter)]
+        return _fast.make_ready(factors, self.alpha)
+
     def with_experts(self, number: int) -> Self:
         """`number` experts in every group."""
         return replace(self, experts=number)
@@ -143,11 +148,12 @@ class TuckA(MethodConfig):
 
 
 class Routing(NamedTuple):
-    """What was chosen, and at which site: the winning group of each row, and its experts' weights."""
+    """What was chosen: where, the winning group of each row, its experts' weights, and the gates of all experts."""
 
     site: str
     group: Int[Tensor, "rows"]
     weights: Float[Tensor, "rows t"]
+    gates: Float[Tensor, "rows kt"]
 
 
 class Router(nn.Module):
@@ -197,8 +203,8 @@ class Router(nn.Module):
         ctx.put(self.KEY, Routing(ctx.site.name, *self(rows)))
         return x
 
-    def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows t"]]:
-        """Winning group of each row, and its experts' weights."""
+    def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Tensor, Tensor, Tensor]:
+        """`Routing.group`, `weights` and `gates` of each row."""
         if not self._ready:
             self._start(rows)
         with torch.autocast(device_type=rows.device.type, enabled=False):
@@ -207,12 +213,9 @@ class Router(nn.Module):
         deciding = affinity if self.config.choice == "affinity" else scores
         group = deciding.amax(dim=-1).argmax(dim=-1)
         index = group.view(-1, 1, 1).expand(-1, 1, self.config.experts)
-        return group, scores.gather(1, index).squeeze(1)
-
-    def gates(self, group: Int[Tensor, "rows"], weights: Float[Tensor, "rows t"]) -> Float[Tensor, "rows kt"]:
-        """The weights of the experts of all groups: zero outside of the winning one."""
-        winner = F.one_hot(group, self.config.groups).to(weights.dtype)
-        return (winner.unsqueeze(-1) * weights.unsqueeze(1)).flatten(1)
+        weights = scores.gather(1, index)
+        winner = F.one_hot(group, self.config.groups).to(weights.dtype).unsqueeze(-1)
+        return group, weights.squeeze(1), (winner * weights).flatten(1)
 
     @torch.no_grad()
     def _start(self, rows: Tensor) -> None:
@@ -260,25 +263,25 @@ def dense_update(
 
 
 class Factors(NamedTuple):
-    """The parameters of a site: core G, factor U and mixing C."""
+    """The parameters of a site: core G, factor U and mixing C; `ready` is what the fast path has made of them."""
 
     core: Float[Tensor, "k p r r"]
     factor: Float[Tensor, "i r"]
     mixing: Float[Tensor, "t p"]
+    ready: tuple[Tensor, Tensor] | None = None
 
 
 @has_fast_path(_fast.correct_input)
 def correct_input(
     x: Float[Tensor, "rows *n i"],
     factors: Factors,
-    group: Int[Tensor, "routings"],
-    weights: Float[Tensor, "routings t"],
+    routing: Routing,
     alpha: float,
 ) -> Float[Tensor, "rows *n i"]:
     """x + alpha x T, with the T of each routing's group and weights; one routing serves as many rows as there are."""
     updates = [
         dense_update(core, factors.factor, factors.mixing, w).to(x.dtype)
-        for core, w in zip(factors.core.index_select(0, group), weights, strict=True)
+        for core, w in zip(factors.core.index_select(0, routing.group), routing.weights, strict=True)
     ]
     rows = x.reshape(len(updates), -1, *x.shape[1:])
     return x + alpha * torch.stack([xs @ T for xs, T in zip(rows, updates, strict=True)]).flatten(0, 1)
@@ -301,10 +304,16 @@ class TuckAAdapter(nn.Module):
         """The frozen layer's output for the corrected input."""
         router = self._router[0]
         x = router.route(x, ctx)
-        _, group, weights = ctx.get(Router.KEY)
-        ctx.stat("group", group)
-        ctx.stat("scores", weights)
-        ctx.stat("gates", lambda: router.gates(group, weights))
-        if group.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
-            group, weights = (ctx.spread(each, x.shape[0], f"{len(group)} routings") for each in (group, weights))
-        return base(correct_input(x, Factors(self.core, self.factor, self.mixing), group, weights, self.alpha))
+        routing: Routing = ctx.get(Router.KEY)
+        ctx.stat("group", routing.group)
+        ctx.stat("scores", routing.weights)
+        ctx.stat("gates", routing.gates)
+        number = len(routing.group)
+        if number not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
+            parts = (ctx.spread(each, x.shape[0], f"{number} routings") for each in routing[1:])
+            routing = Routing(routing.site, *parts)
+        return base(correct_input(x, self.factors(ctx.prepared), routing, self.alpha))
+
+    def factors(self, ready: tuple[Tensor, Tensor] | None = None) -> Factors:
+        """The parameters, and what is ready of them."""
+        return Factors(self.core, self.factor, self.mixing, ready)

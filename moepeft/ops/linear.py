@@ -12,10 +12,10 @@ from moepeft.fast import has_fast_path
 from . import _fast
 
 
-def computing_type(parameter: Tensor) -> torch.dtype:
-    """The type of products with the parameter: autocast's where it is on."""
-    device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+def computing_type(x: Tensor) -> torch.dtype:
+    """The type of products with x: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def per_row(weight: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def add_linear(
 
     In place on what the product makes, to the last bit what sums in tensors of their own would be; those take longer.
     """
-    update = F.linear(x, weight.to(x.dtype))
+    update = F.linear(x, weight.to(computing_type(x)))
     update = update if scale is None else update.mul_(scale)
     return update.to(y.dtype).add_(y)
 

@@ -24,11 +24,15 @@ class Together:
 
     def stack(self, tensors: Sequence[Tensor], sites: Sequence[int] | None = None) -> Tensor:
         """A tensor (sites, *n) of one (*n) per site; `sites` numbers them where they are not all."""
+        if len(self._used) == 1:
+            return tensors[0].unsqueeze(0)
         stacked: Tensor = _Stacked.apply(self._used, self._numbers(sites), *tensors)  # type: ignore[no-untyped-call]
         return stacked
 
     def apart(self, stacked: Tensor, sites: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The part of every site."""
+        if len(self._used) == 1:
+            return stacked.unbind()
         parts: tuple[Tensor, ...] = _Apart.apply(self._used, self._numbers(sites), stacked)  # type: ignore[no-untyped-call]
         return parts
 

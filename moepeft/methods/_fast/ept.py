@@ -18,12 +18,17 @@ the m over all scales, S = g M is the sum of the scales.
     rank space        (groups, g, M r, tokens)           tokens last: the kernels read and write them in place
     gated kernels     (groups, S, S)                     block-diagonal, one block per scale
 
-**Forward and backward are written by hand.** Autograd would launch three times as many kernels, most of them tiny, and
-keep twice as much for backward. torch.compile fuses the definition instead, so compiled graphs hold the definition.
+**Parameters first.** Factors and gated kernels depend on parameters and tasks alone. `make_ready` makes them for all
+sites together.
+
+**Forward and backward of the products are written by hand.** Autograd would launch three times as many kernels, most of
+them tiny, and keep twice as much for backward. torch.compile fuses the definition instead, so compiled graphs hold the
+definition.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,11 +39,66 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepeft.methods._fast.ept_tables import Tables, cached_tables
-from moepeft.methods._pyramid import Once, Pyramid
+from moepeft.methods._fast.ept_tables import cached_tables
+from moepeft.methods._pyramid import Once, Pyramid, Ready
+from moepeft.ops.linear import computing_type
+from moepeft.ops.together import Together, alike
 
 # A product per group needs no sorting of its result. Groups with fewer tokens are faster multiplied together.
 FEW_TOKENS = 16
+
+
+def make_ready(
+    pyramids: Sequence[Pyramid], widths: Sequence[tuple[int, int]], gates: Sequence[Tensor] | None = None
+) -> list[Ready]:
+    """What the parameters of sites become, together: factors, kernels, and for gates of rows the gated kernels.
+
+    Args:
+        pyramids: of sites with kernels of the same shapes, on one device.
+        widths: features of each site's input and output.
+        gates: (rows, experts) of each site.
+    """
+    first, together = pyramids[0], Together(len(pyramids))
+    scales = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels)
+    g, kind = math.gcd(*(size for _, size in scales)), computing_type(first.A)
+    factors: dict[int, Tensor] = {}
+    with torch.autocast(device_type=first.A.device.type, enabled=False):
+        for group in alike(
+            [(each.A.shape, each.B.shape, *sides) for each, sides in zip(pyramids, widths, strict=True)]
+        ):
+            A = together.stack([pyramids[number].A for number in group], group)
+            B = together.stack([pyramids[number].B for number in group], group)
+            sides = widths[group[0]]
+            where = cached_tables(scales, (A.shape[2], B.shape[1]), sides, A.device)
+            spread = spread_seeds(A, B, where.seeds, sides[0] // g + sides[1] // g)
+            factors.update(zip(group, together.apart(spread.to(kind), group), strict=True))
+        kernels = [together.stack([each.kernels[scale] for each in pyramids]) for scale in range(len(scales))]
+        of_scales = [kernel.flatten(1) * factor for kernel, factor in zip(kernels, first.factors, strict=True)]
+        blocks = spread_kernels(torch.cat(of_scales, dim=1), where.blocks, scales)
+        if gates is None:
+            return [Ready(factors[number], each, None) for number, each in enumerate(together.apart(blocks))]
+        gated = (together.stack(gates) @ blocks).to(kind)
+        return [Ready(factors[number], None, each) for number, each in enumerate(together.apart(gated))]
+
+
+def spread_seeds(
+    A: Float[Tensor, "sites r i_s"], B: Float[Tensor, "sites o_s r"], index: Tensor, rows: int
+) -> Float[Tensor, "sites rows_and_one k"]:
+    """The transposed factors `down` and `up` below each other; what the pruner leaves over stands in the last row."""
+    seeds = torch.cat((A.mT, B), dim=1)
+    M, (sites, _, r) = len(index) // seeds.shape[1], seeds.shape
+    copies = seeds.unsqueeze(2).expand(-1, -1, M, -1).flatten(1, 2)
+    places = seeds.new_zeros(sites, (rows + 1) * M, r)
+    return places.scatter(1, index.view(1, -1, 1).expand_as(copies), copies).view(sites, rows + 1, M * r)
+
+
+def spread_kernels(
+    numbers: Float[Tensor, "sites numbers"], index: Tensor, scales: Sequence[tuple[int, int]]
+) -> Float[Tensor, "sites experts S_S"]:
+    """The experts' block-diagonal matrices: a block of each where its scale stands, flat."""
+    experts, S = sum(count for count, _ in scales), sum(size for _, size in scales)
+    places = numbers.new_zeros(len(numbers), experts * S * S)
+    return places.scatter(1, index.expand_as(numbers), numbers).view(len(numbers), experts, S * S)
 
 
 def add_pyramid(
@@ -49,23 +109,24 @@ def add_pyramid(
     once: Once | None = None,
 ) -> Float[Tensor, "rows *n o"]:
     """`moepeft.methods.ept.add_pyramid`, once differentiable; `once` sorts the features for all sites that read x."""
-    A, B, kernels, factors = pyramid
-    scales = tuple((kernel.shape[0], kernel.shape[1]) for kernel in kernels)
-    g = math.gcd(*(size for _, size in scales))
+    sizes = [kernel.shape[1] for kernel in pyramid.kernels]
+    g, S = math.gcd(*sizes), sum(sizes)
+    ready = pyramid.ready or make_ready([pyramid], [(x.shape[-1], y.shape[-1])])[0]
+    kernel = ready.kernel
+    if kernel is None:
+        assert ready.blocks is not None
+        with torch.autocast(device_type=gates.device.type, enabled=False):
+            kernel = gates.flatten(0, -2) @ ready.blocks
 
     def sort() -> Tensor:
         features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g)  # type: ignore[no-untyped-call]
         return features
 
     features = sort() if once is None else once("residues", x, sort)
-    widths = x.shape[-1], y.shape[-1]
-    where = cached_tables(scales, tuple(factors), (A.shape[1], B.shape[0]), widths, A.shape[0], A.dtype, A.device)
-    device = features.device.type
-    if torch.is_autocast_enabled(device):
-        features = features.to(torch.get_autocast_dtype(device))
+    kind = computing_type(features)
+    features, factors, kernel = features.to(kind), ready.factors.to(kind), kernel.to(kind).view(-1, S, S)
     source = x.detach() if sorts_again(x, features) else None
-    weights = gates.flatten(0, -2) * where.factors.to(gates.dtype)
-    updated: Tensor = _AddPyramid.apply(y, features, source, weights, A, B, *where, *kernels)  # type: ignore[no-untyped-call]
+    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel)  # type: ignore[no-untyped-call]
     return updated
 
 
@@ -83,38 +144,23 @@ class _AddPyramid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        features: Tensor,
-        source: Tensor | None,
-        weights: Tensor,
-        A: Tensor,
-        B: Tensor,
-        *more: Tensor,
+        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor
     ) -> Tensor:
-        where, kernels = Tables(*more[: len(Tables._fields)]), more[len(Tables._fields) :]
         with torch.autocast(device_type=features.device.type, enabled=False):
-            widths = features.shape[-1], y.shape[-1] // features.shape[1]
-            down, up = spread_seeds(A, B, where, widths, features.dtype)
-            numbers = torch.cat([*(kernel.flatten() for kernel in kernels), where.zeros[0, :1]])
-            S = sum(each.shape[-1] for each in kernels)
-            blocks = numbers.index_select(0, where.blocks).view(-1, S, S)
+            down, up = _of_sides(factors, features.shape[-1])
             low = into_rank_space(features, down)
-            kernel = (weights @ blocks.flatten(1)).view(-1, *blocks.shape[1:]).to(low.dtype)
-            kept = features if source is None else source
-            ctx.save_for_backward(kept, weights, down, up, blocks, low, kernel, *where)
-            ctx.sorts_again = source is not None
-            ctx.seed_widths, ctx.kernel_shapes = (A.shape[1], B.shape[0]), [each.shape for each in kernels]
+            ctx.save_for_backward(features if source is None else source, factors, low, kernel)
+            ctx.sorts_again, ctx.width = source is not None, features.shape[-1]
             # As `data`: autograd would not let a view made in here be changed in place, as Falcon does.
             return add_unsorted(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype)).data
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weights, down, up, blocks, low, kernel, *rest = ctx.saved_tensors
-        where = Tables(*rest)
-        groups, g, _, tokens = low.shape
+        kept, factors, low, kernel = ctx.saved_tensors
+        groups, g, k, tokens = low.shape
         with torch.autocast(device_type=grad.device.type, enabled=False):
+            down, up = _of_sides(factors, ctx.width)
             of_update = sort_by_residue(grad.to(low.dtype).reshape(groups, tokens, -1), g)
             of_mixed = into_rank_space(of_update, up)
             # The mixed rank space is cheaper made again than kept.
@@ -123,15 +169,22 @@ class _AddPyramid(torch.autograd.Function):
             features = sort_by_residue(kept.reshape(groups, tokens, -1), g) if ctx.sorts_again else kept
             of_down = of_factor(of_low, features)
             of_features = out_of_rank_space(of_low, down) if ctx.needs_input_grad[1] else None
-            flat = groups, blocks.shape[-1], -1
-            of_kernel = (of_mixed.view(flat) @ low.view(flat).mT).flatten(1).to(weights.dtype)
-            of_weights = of_kernel @ blocks.flatten(1).T
-            numbers = (weights.T @ of_kernel).flatten().index_select(0, where.from_blocks)
-            split = numbers.split([shape.numel() for shape in ctx.kernel_shapes])
-            of_A, of_B = collect_seeds(of_down, of_up, ctx.seed_widths, where)
-        none = (None,) * len(Tables._fields)
-        of_kernels = (part.view(shape) for part, shape in zip(split, ctx.kernel_shapes, strict=True))
-        return grad, of_features, None, of_weights, of_A, of_B, *none, *of_kernels
+            flat = groups, kernel.shape[-1], -1
+            of_kernel = of_mixed.view(flat) @ low.view(flat).mT
+            of_factors = torch.cat((of_down, of_up, _zeros(k, low.dtype, low.device)))
+        return grad, of_features, None, of_factors, of_kernel
+
+
+def _of_sides(factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`down` and `up`."""
+    return factors[:width].T, factors[width:-1].T
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A row of zeros, made once: the first caller may be in inference mode, and later ones train."""
+    with torch.inference_mode(False):
+        return torch.zeros(1, number, dtype=dtype, device=device)
 
 
 def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k tokens"]) -> Tensor:
@@ -168,30 +221,9 @@ def _multiply_together(x: Tensor, tokens: int) -> bool:
 
 def of_factor(
     low: Float[Tensor, "groups g k tokens"], features: Float[Tensor, "groups g tokens d_g"]
-) -> Float[Tensor, "k d_g"]:
-    """Gradient of a factor: the sum over tokens of outer products."""
-    # This way round the product is faster than the other.
-    return torch.mm(features.flatten(0, 2).T, transpose(low).flatten(0, 2)).T
-
-
-def spread_seeds(
-    A: Float[Tensor, "r i_s"], B: Float[Tensor, "o_s r"], where: Tables, widths: tuple[int, int], dtype: torch.dtype
-) -> tuple[Float[Tensor, "k i_g"], Float[Tensor, "k o_g"]]:
-    """`down` and `up`, of those widths and that type, gathered together."""
-    rows = torch.cat((A.T, B, where.zeros)).index_select(0, where.seeds).to(dtype)
-    down, up = torch.split(rows.view(sum(widths), -1).T, [*widths], dim=1)
-    return down, up
-
-
-def collect_seeds(
-    of_down: Float[Tensor, "k i_g"], of_up: Float[Tensor, "k o_g"], seed_widths: tuple[int, int], where: Tables
-) -> tuple[Float[Tensor, "r i_s"], Float[Tensor, "o_s r"]]:
-    """The adjoint of `spread_seeds`: gradients of the seeds from those of the factors."""
-    r = where.zeros.shape[1]
-    rows = torch.cat([*(part.T.reshape(-1, r) for part in (of_down, of_up)), where.zeros])
-    summed = rows.index_select(0, where.from_seeds).view(sum(seed_widths), -1, r).sum(dim=1)
-    of_A, of_B = torch.split(summed, [*seed_widths])
-    return of_A.T, of_B
+) -> Float[Tensor, "d_g k"]:
+    """Gradient of a transposed factor: the sum over tokens of outer products."""
+    return torch.mm(features.flatten(0, 2).T, transpose(low).flatten(0, 2))
 
 
 class _SortedByResidue(torch.autograd.Function):

@@ -1,58 +1,58 @@
 """Fast path of TuckA: T = U M U^T is never built; x U, then M, then U^T, each as wide as the rank.
 
-The factors' norms have a backward pass by hand, which can be differentiated once.
+M is linear in the gates of a site's experts. Their matrices depend on parameters alone, and are made for all sites
+together. The norms are divided out there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moepeft.ops.linear import add_linear
+from moepeft.ops.linear import add_linear, computing_type
+from moepeft.ops.together import Together, alike
 
-Factors = tuple[Tensor, Tensor, Tensor]
-"""`moepeft.methods.tucka.Factors`: core, factor, mixing."""
+Factors = tuple[Tensor, Tensor, Tensor, Any]
+"""`moepeft.methods.tucka.Factors`: core, factor, mixing, ready."""
+Ready = tuple[Tensor, Tensor]
+"""Of a site: U, and the matrices (k t, r r) of its experts, alpha times as large and with all norms divided out."""
 
 
-def correct_input(x: Tensor, factors: Factors, group: Tensor, weights: Tensor, alpha: float) -> Tensor:
+def correct_input(x: Tensor, factors: Factors, routing: Any, alpha: float) -> Tensor:
     """Fast path of `moepeft.methods.tucka.correct_input`."""
-    core, U, mixing = factors
-    mixed = weights @ unit(mixing)
-    M = torch.einsum("bq,bqxy->bxy", mixed, unit(core, first=1).index_select(0, group)) * alpha
+    ready: Ready = factors[3] or make_ready([factors], alpha)[0]
+    kind = computing_type(x)
+    U, experts = ready[0].to(kind), ready[1]
+    M = torch.unflatten((routing.gates.to(experts.dtype) @ experts).to(kind), -1, (U.shape[1], -1))
     if M.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
         M = M.repeat_interleave(x.shape[0] // M.shape[0], dim=0)
-    factor = unit(U).to(x.dtype)
-    down = F.linear(x, factor.T)
-    M = M.to(down.dtype)
+    down = F.linear(x, U.T)
     if M.shape[0] == 1:
-        return add_linear(x, down, factor @ M.squeeze(0).T)
-    return add_linear(x, torch.einsum("b...x,bxy->b...y", down, M), factor)
+        return add_linear(x, down, U @ M.squeeze(0).T)
+    return add_linear(x, torch.einsum("b...x,bxy->b...y", down, M), U)
 
 
-def unit(x: Tensor, first: int = 0) -> Tensor:
-    """x over its Euclidean norm, taken over the dimensions from `first` on."""
-    scaled: Tensor = _Unit.apply(x, tuple(range(first, x.dim())))  # type: ignore[no-untyped-call]
-    return scaled
-
-
-class _Unit(torch.autograd.Function):
-    """A third of the kernels of autograd's backward of a norm and a division."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
-        scaled: Tensor = x / norm
-        ctx.save_for_backward(scaled, norm)
-        ctx.dims = dims
-        return scaled
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        scaled, norm = ctx.saved_tensors
-        along = (gradient * scaled).sum(dim=ctx.dims, keepdim=True)
-        return torch.addcmul(gradient, scaled, along, value=-1) / norm, None
+def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
+    """What is ready of every site, from its parameters."""
+    kind = computing_type(factors[0][0])
+    together, groups = Together(len(factors)), alike([each[1].shape[0] for each in factors])
+    order = [number for group in groups for number in group]
+    ready: dict[int, Tensor] = {}
+    squares = []
+    with torch.autocast(factors[0][0].device.type, enabled=False):
+        for group in groups:
+            U = together.stack([factors[number][1] for number in group], group)
+            squares.append(U.square().sum(dim=(1, 2)))
+            ready.update(zip(group, together.apart(U.to(kind), group), strict=True))
+        core = together.stack([factors[number][0] for number in order], order)
+        mixing = together.stack([factors[number][2] for number in order], order)
+        square = core.square().sum(dim=(2, 3, 4)) * mixing.square().sum(dim=(1, 2)).unsqueeze(1)
+        scale = alpha * square.rsqrt() / torch.cat(squares).unsqueeze(1)
+        experts = (mixing.unsqueeze(1) @ core.flatten(3)) * scale[:, :, None, None]
+        of_sites = together.apart(experts.flatten(1, 2).to(kind), order)
+    matrices = dict(zip(order, of_sites, strict=True))
+    return [(ready[number], matrices[number]) for number in range(len(factors))]

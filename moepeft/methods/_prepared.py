@@ -1,0 +1,86 @@
+"""What EPT's sites find made when a forward begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moepeft.context import SiteContext
+from moepeft.fast import fast_paths_enabled
+from moepeft.methods._fast.ept import make_ready
+from moepeft.methods._pyramid import Pyramid, Ready
+from moepeft.methods._task_gates import Selector, route_rows
+
+
+class Prepared(NamedTuple):
+    """Of a site; None of what the site makes itself.
+
+    Attributes:
+        gates: of the call's rows.
+        table: a copy of the task table.
+        ready: `Pyramid.ready`.
+    """
+
+    gates: Float[Tensor, "rows experts"] | None = None
+    table: Float[Tensor, "tasks i"] | None = None
+    ready: Ready | None = None
+
+    def spread(self, rows: int, ctx: SiteContext) -> tuple[Float[Tensor, "rows experts"], Ready | None]:
+        """Gates, and what is ready, for the `rows` rows of a site's input."""
+        assert self.gates is not None
+        what = f"{len(self.gates)} task ids"
+        gates = ctx.spread(self.gates, rows, what)
+        if self.ready is None or self.ready.kernel is None:
+            return gates, self.ready
+        return gates, self.ready._replace(kernel=ctx.spread(self.ready.kernel, rows, what))
+
+
+@runtime_checkable
+class Config(Protocol):
+    """What matters of the configuration."""
+
+    @property
+    def routing(self) -> Literal["task", "token"]: ...
+
+    @property
+    def operator(self) -> Literal["kronecker", "channel"]: ...
+
+
+@runtime_checkable
+class Site(Protocol):
+    """What matters of an adapter."""
+
+    in_features: int
+    out_features: int
+    task_embedding: nn.Parameter
+    gate: nn.Linear
+
+    @property
+    def config(self) -> Config: ...
+
+    def choose(self, logits: Tensor) -> Tensor: ...
+
+    def pyramid(self) -> Pyramid: ...
+
+
+def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[Prepared]:
+    """What the sites find: gates if tasks route, and factors and kernels for the operator that has a fast path."""
+    config, by_task = sites[0].config, sites[0].config.routing == "task"
+    if by_task and (task_sets is None or task_sets.shape[1] != 1):
+        return ()
+    prepared = [Prepared() for _ in sites]
+    if by_task and task_sets is not None:
+        with torch.autocast(device_type=task_sets.device.type, enabled=False):
+            selectors = [Selector(site.task_embedding, site.gate.weight, site.gate.bias) for site in sites]
+            routed = route_rows(selectors, sites[0].choose, task_sets[:, 0], selectors[0].table.dtype)
+        prepared = [Prepared(gates, table) for gates, table in routed]
+    if config.operator == "channel" or torch.compiler.is_compiling() or not fast_paths_enabled():
+        return prepared
+    widths = [(site.in_features, site.out_features) for site in sites]
+    gates = [each.gates for each in prepared if each.gates is not None]
+    ready = make_ready([site.pyramid() for site in sites], widths, gates or None)
+    return [each._replace(ready=own) for each, own in zip(prepared, ready, strict=True)]
