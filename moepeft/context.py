@@ -119,7 +119,7 @@ class SiteContext:
             for mask in masks:
                 laid: Tensor | None = mask.on(rows, tokens, scope.copies or 1)
                 if laid is not None:
-                    return laid.reshape(x.shape[0], -1)
+                    return laid if positions is None else laid.reshape(x.shape[0], -1)
         if not masks and scope.unknown_mask is None:
             return None
         if masks and (torch.compiler.is_compiling() or not all(bool(mask.real().all()) for mask in masks)):

@@ -35,7 +35,8 @@ _SEQUENCE_FIRST = ("xlnet", "fsmt")
 
 def install_entries(state: State) -> None:
     """Let the modules around adapted layers answer their calls."""
-    adapters = state.adapters
+    # Inside of fused experts every matrix has a forward of its own.
+    adapters = {site.name: state.slot(site).adapter for site in state.sites if site.name == site.carrier}
     for name, module in _around(state.model, state.sites).items():
         names = tuple(inspect.signature(module.forward).parameters)
         kept = {attribute: vars(module).get(attribute) for attribute in ("forward", "generate")}

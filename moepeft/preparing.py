@@ -29,7 +29,7 @@ def prepare(state: State, adapters: Mapping[str, nn.Module], forward: Forward) -
     idle = not forward.settings.enabled or state.merged
     if idle or not isinstance(state.factory, Preparing) or not fast_paths_enabled() or torch.compiler.is_compiling():
         return
-    sets = forward.task_ids if forward.task_ids is None or forward.task_ids.dim() == 2 else forward.task_ids[:, None]
+    sets = None if forward.task_ids is None or forward.packed else forward.task_ids[:, 0]
     homes = {name: _home(adapter) for name, adapter in adapters.items()}
     home = next((home for home in homes.values() if home is not None), None) if sets is None else sets.device
     names = [name for name in adapters if homes[name] is not None and homes[name] == home]

@@ -112,7 +112,7 @@ class Preparing(Protocol):
 
         Args:
             adapters: of sites below the called module, on one device.
-            task_sets: tasks (rows, ids) of the rows of the call, None where none were given.
+            task_sets: tasks (rows, ids) of the rows of the call; None where none were given, or one per position.
         """
         ...
 

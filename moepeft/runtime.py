@@ -25,6 +25,7 @@ from torch import Tensor
 from .calls import Arranged, Scope
 from .errors import MissingRouting
 from .masks import Mask
+from .ops.views import same_values, without_graph
 from .roles import Stream
 
 T = TypeVar("T")
@@ -241,7 +242,7 @@ class Runtime:
         """What the forward under way knows, for a block that may be computed again."""
         forward = self.forward
         assert forward is not None
-        values = {key: _without_graph(value) for key, value in forward.values.items()}
+        values = {key: without_graph(value) for key, value in forward.values.items()}
         scope = forward.scope.past_the_call()
         memory = Memory(forward.task_ids, scope, forward.settings, forward.continues, values, forward.prepared)
         memory.without_grad = not torch.is_grad_enabled()
@@ -252,7 +253,7 @@ class Runtime:
         storage, memory = block_input.untyped_storage(), self.memory()
         before = self.memories.get(storage)
         # One tensor went into two forwards: nothing tells their blocks apart.
-        memory.shared = before is not None and not before.used and not _same_ids(before.task_ids, memory.task_ids)
+        memory.shared = before is not None and not before.used and not same_values(before.task_ids, memory.task_ids)
         self.memories[storage] = memory
 
     @contextmanager
@@ -288,7 +289,7 @@ class Runtime:
         waiting = [memory for memory in known if not memory.used] or known
         if not waiting:
             return Memory(self.settings.task_ids, Scope(), self.settings, continues=False, values={})
-        if any(not _same_ids(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
+        if any(not same_values(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
             raise MissingRouting(_SEVERAL)
         return waiting[-1]
 
@@ -309,18 +310,3 @@ class Runtime:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._renew()
-
-
-def _without_graph(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_() if value.requires_grad else value
-    if isinstance(value, tuple):
-        parts = [_without_graph(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def _same_ids(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None or one is other:
-        return one is other
-    return one.shape == other.shape and torch.equal(one, other)

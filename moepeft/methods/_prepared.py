@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.fast import fast_paths_enabled
-from moepeft.methods._fast.ept import make_ready
-from moepeft.methods._pyramid import Pyramid, Ready
+from moepeft.methods._pyramid import Definition, Pyramid, Ready
 from moepeft.methods._task_gates import Selector, route_rows
 
 
@@ -47,7 +46,7 @@ class Config(Protocol):
     def routing(self) -> Literal["task", "token"]: ...
 
     @property
-    def operator(self) -> Literal["kronecker", "channel"]: ...
+    def definition(self) -> Definition: ...
 
 
 @runtime_checkable
@@ -68,7 +67,7 @@ class Site(Protocol):
 
 
 def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[Prepared]:
-    """What the sites find: gates if tasks route, and factors and kernels for the operator that has a fast path."""
+    """What the sites find: gates if tasks route, and factors and kernels for the definition that has a fast path."""
     config, by_task = sites[0].config, sites[0].config.routing == "task"
     if by_task and (task_sets is None or task_sets.shape[1] != 1):
         return ()
@@ -78,7 +77,8 @@ def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[P
             selectors = [Selector(site.task_embedding, site.gate.weight, site.gate.bias) for site in sites]
             routed = route_rows(selectors, sites[0].choose, task_sets[:, 0], selectors[0].table.dtype)
         prepared = [Prepared(gates, table) for gates, table in routed]
-    if config.operator == "channel" or torch.compiler.is_compiling() or not fast_paths_enabled():
+    make_ready = config.definition.make_ready
+    if make_ready is None or torch.compiler.is_compiling() or not fast_paths_enabled():
         return prepared
     widths = [(site.in_features, site.out_features) for site in sites]
     gates = [each.gates for each in prepared if each.gates is not None]

@@ -46,10 +46,12 @@ class Definition(NamedTuple):
     Attributes:
         kernel_shape: shape of a kernel, from its size s and the width of the output.
         add_update: y plus the gated experts' updates, with the arguments of `add_pyramid`.
+        make_ready: makes `Pyramid.ready` for all sites at once; None where `add_update` reads no such thing.
     """
 
     kernel_shape: Callable[[int, int], tuple[int, int]]
     add_update: Callable[..., Tensor]
+    make_ready: Callable[..., list[Ready]] | None = None
 
 
 def add_experts(

@@ -123,14 +123,15 @@ class TaskGate(nn.Module):
 
     def forward(self, tasks: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows experts"]:
         """Weights of the experts; a row of several tasks has the mean of their embeddings, -1 pads."""
-        if tasks.shape[1] == 1:
-            embedding = self.task_embedding.index_select(0, tasks[:, 0])
+        alone = tasks.shape[1] == 1
+        if alone:  # a product of all tasks: its last bits do not depend on the number of rows
+            embedding: Tensor = self.task_embedding
         else:
             present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
             embedding = (F.embedding(tasks.clamp(min=0), self.task_embedding) * present).sum(1) / present.sum(1)
         with torch.autocast(device_type=self.gate.device.type, enabled=False):
-            logits: Tensor = F.linear(embedding, self.gate)
-            return logits.softmax(dim=-1)
+            weights = F.linear(embedding, self.gate).softmax(dim=-1)
+        return weights.index_select(0, tasks[:, 0]) if alone else weights
 
 
 @has_fast_path(_fast.add_experts)
