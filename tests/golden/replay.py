@@ -196,7 +196,7 @@ def replay_ept_paper(case: Case) -> Replay:
     adapter = attachment.adapters["base"]
     x, logits = _leaf(case, "x"), _leaf(case, "router_logits")
     # The vectors leave the router open: its logits are an input. They take the place of the gate's answer.
-    adapter.route = lambda routed: expert_gates(logits.expand(routed.shape[0], -1), c["top_k"], "softmax")
+    adapter.choose = lambda own: expert_gates(logits.expand_as(own), c["top_k"], "softmax")
     y = attachment_call(attachment, host, x, 0)
     values = _values(y, x, host, attachment)
     with torch.no_grad():

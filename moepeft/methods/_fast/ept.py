@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepeft.methods._fast.ept_tables import cached_tables
+from moepeft.methods._fast.ept_tables import Tables, cached_tables
 from moepeft.methods._pyramid import Once, Pyramid, Ready
 from moepeft.ops.linear import computing_type
 from moepeft.ops.together import Together, alike
@@ -60,7 +60,7 @@ def make_ready(
     """
     first, together = pyramids[0], Together(len(pyramids))
     scales = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels)
-    g, kind = math.gcd(*(size for _, size in scales)), computing_type(first.A)
+    kind = computing_type(first.A)
     factors: dict[int, Tensor] = {}
     with torch.autocast(device_type=first.A.device.type, enabled=False):
         for group in alike(
@@ -69,8 +69,8 @@ def make_ready(
             A = together.stack([pyramids[number].A for number in group], group)
             B = together.stack([pyramids[number].B for number in group], group)
             sides = widths[group[0]]
-            where = cached_tables(scales, (A.shape[2], B.shape[1]), sides, A.device)
-            spread = spread_seeds(A, B, where.seeds, sides[0] // g + sides[1] // g)
+            where = cached_tables(scales, (A.shape[2], B.shape[1]), sides, len(group), A.device)
+            spread = spread_seeds(A, B, where)
             factors.update(zip(group, together.apart(spread.to(kind), group), strict=True))
         kernels = [together.stack([each.kernels[scale] for each in pyramids]) for scale in range(len(scales))]
         of_scales = [kernel.flatten(1) * factor for kernel, factor in zip(kernels, first.factors, strict=True)]
@@ -82,14 +82,29 @@ def make_ready(
 
 
 def spread_seeds(
-    A: Float[Tensor, "sites r i_s"], B: Float[Tensor, "sites o_s r"], index: Tensor, rows: int
+    A: Float[Tensor, "sites r i_s"], B: Float[Tensor, "sites o_s r"], where: Tables
 ) -> Float[Tensor, "sites rows_and_one k"]:
-    """The transposed factors `down` and `up` below each other; what the pruner leaves over stands in the last row."""
-    seeds = torch.cat((A.mT, B), dim=1)
-    M, (sites, _, r) = len(index) // seeds.shape[1], seeds.shape
-    copies = seeds.unsqueeze(2).expand(-1, -1, M, -1).flatten(1, 2)
-    places = seeds.new_zeros(sites, (rows + 1) * M, r)
-    return places.scatter(1, index.view(1, -1, 1).expand_as(copies), copies).view(sites, rows + 1, M * r)
+    """The transposed factors `down` and `up` below each other, and a row of zeros, which the pruned columns lead to."""
+    sites, r = A.shape[:2]
+    seeds = torch.cat((A.mT, B, _zeros(r, A.dtype, A.device).expand(sites, 1, r)), dim=1)
+    copies: Tensor = _Gathered.apply(seeds.flatten(0, 1), where.seeds, where.from_seeds)  # type: ignore[no-untyped-call]
+    return copies.view(sites, -1, len(where.from_seeds) // (seeds.shape[0] * seeds.shape[1]) * r)
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows by number, where it is known which places a row was copied to: autograd would add them up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.number = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places).view(ctx.number, -1, grad.shape[1]).sum(dim=1), None, None
 
 
 def spread_kernels(

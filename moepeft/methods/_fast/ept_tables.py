@@ -1,7 +1,7 @@
 """Index tables of EPT's fast path: where the numbers of seeds and kernels stand in the matrices that multiply.
 
-One scatter per matrix takes the place of dozens of copies, scale by scale, and its gradient is one gather. The tables
-depend on sizes alone. So they are made once per size and device, and all sites of that size use them.
+One gather takes the place of dozens of copies, scale by scale, and so it does backward. The tables depend on sizes
+alone. So they are made once per size, number of sites and device.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from torch import Tensor
 
 
 class Tables(NamedTuple):
-    """Tables of one size, flat.
+    """Tables of sites of one size, flat.
 
-    Columns of A and rows of B both are r numbers, and are spread together: first the i_s columns of A, then the o_s
-    rows of B. Each is copied to M places, one in each of M columns of the transposed factors.
+    Columns of A and rows of B both are r numbers, and are gathered together. Of every site first the i_s columns of A,
+    then the o_s rows of B, then a row of zeros. A site's factors end in a row of zeros as well.
 
     Attributes:
-        seeds: for every row of the seeds, its M places; a pruned row goes to the row behind the factors' last.
+        seeds: for each of the i // g + o // g + 1 rows of a site's transposed factors, the seed's row in M columns.
+        from_seeds: for every row of the seeds, the M places that it was copied to.
         blocks: for every number of the kernels, its place in the block-diagonal matrices (experts, S, S).
     """
 
-    seeds: Int[Tensor, "i_s_and_o_s_times_M"]
+    seeds: Int[Tensor, "sites_times_rows_times_M"]
+    from_seeds: Int[Tensor, "sites_times_seeds_times_M"]
     blocks: Int[Tensor, "numbers"]
 
 
@@ -36,6 +38,7 @@ def cached_tables(
     scales: tuple[tuple[int, int], ...],
     seed_widths: tuple[int, int],
     widths: tuple[int, int],
+    sites: int,
     device: torch.device,
 ) -> Tables:
     """The tables of one size.
@@ -44,17 +47,22 @@ def cached_tables(
         scales: number of experts and kernel size of every scale.
         seed_widths: columns of A, rows of B.
         widths: features of the input and of the output.
+        sites: how many.
         device: where the tables are used.
     """
     g = math.gcd(*(size for _, size in scales))
     # The first caller may be in inference mode or under another default device; later callers may train elsewhere.
     with torch.inference_mode(False), torch.device("cpu"):
-        seeds = _seed_table([size // g for _, size in scales], seed_widths, (widths[0] // g, widths[1] // g))
-        return Tables(seeds.to(device), _block_table(scales, g).to(device))
+        ms = [size // g for _, size in scales]
+        seeds, from_seeds = _seed_tables(ms, seed_widths, (widths[0] // g, widths[1] // g))
+        number = torch.arange(sites).unsqueeze(1)
+        of_sites = (seeds + number * (sum(seed_widths) + 1), from_seeds + number * len(seeds))
+        flat = (table.flatten().int() for table in of_sites)
+        return Tables(*(table.to(device) for table in (*flat, _block_table(scales, g))))
 
 
-def _seed_table(ms: Sequence[int], seed_widths: tuple[int, int], widths: tuple[int, int]) -> Tensor:
-    """Entry (j m + k, column of offset k) of A (x) I_m is column j of A.
+def _seed_tables(ms: Sequence[int], seed_widths: tuple[int, int], widths: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`seeds` and `from_seeds` of a site: entry (j m + k, column of offset k) of A (x) I_m is column j of A.
 
     Args:
         ms: m of every scale.
@@ -69,7 +77,11 @@ def _seed_table(ms: Sequence[int], seed_widths: tuple[int, int], widths: tuple[i
         row = torch.arange(seed_width).unsqueeze(1) * m + offset
         parts.append(torch.where(row < width // m * m, (before + row) * M + torch.arange(M), nowhere))
         before += width
-    return torch.cat(parts).flatten()
+    places = torch.cat(parts)
+    seeds = torch.full((nowhere + M,), len(places))  # where nothing is said, the row of zeros
+    seeds[places] = torch.arange(len(places)).unsqueeze(1)
+    seeds[nowhere:] = len(places)
+    return seeds, torch.cat((places.flatten(), torch.full((M,), nowhere)))
 
 
 def _block_table(scales: Sequence[tuple[int, int]], g: int) -> Tensor:
