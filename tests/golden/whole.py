@@ -138,7 +138,7 @@ def _routes(adapters: moepeft.Attachment) -> Callable[[], dict[str, Tensor]]:
     def read() -> dict[str, Tensor]:
         if not answers:
             return {}
-        groups, weights = zip(*answers, strict=True)
+        groups, weights, _ = zip(*answers, strict=True)
         return {"route_groups": torch.cat(groups), "route_weights": torch.cat(weights)}
 
     return read

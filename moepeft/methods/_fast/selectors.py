@@ -27,7 +27,8 @@ def route_rows(
             logits.append(torch.baddbmm(together.stack(biases, group).unsqueeze(1), table, gate.mT))
         else:
             logits.append(table @ gate.mT)
-        tables.update(zip(group, together.apart(table, group), strict=True))
+        copies = table.clone() if len(selectors) == 1 else table  # one site's stack is a view of the parameter
+        tables.update(zip(group, together.apart(copies, group), strict=True))
         order += group
     chosen = together.apart(choose(torch.cat(logits)).index_select(1, tasks).to(kind), order)
     of_sites = dict(zip(order, chosen, strict=True))
