@@ -69,7 +69,7 @@ def test_one_model_called_inside_another() -> None:
     answers = []
 
     def ask(*_: object) -> None:
-        with torch.no_grad(), teacher.route(task_ids=3):
+        with torch.no_grad(), teacher.route(task_ids=[3, 3, 3, 3]):
             answers.append(output(teacher.model, batch(teacher.model)))
 
     handle = student.model.model.layers[0].mlp.register_forward_pre_hook(ask)
