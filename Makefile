@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(TOOLS): $(READY)
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[peft,tucker,quantised,launch,dev]"
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[peft,tucker,quantised,launch,trl,dev]"
 	touch $@
 
 docs: $(DOCS)  ## the documentation's site, in site/

@@ -11,7 +11,7 @@ are saved beside the adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,9 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The Trainer's loss plus the auxiliary losses that the forward recorded; it records none in evaluation."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # Outputs are asked for where they are wanted alone: TRL runs a second forward to give them.
+        computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, outputs = computed if return_outputs else (computed, None)
         losses = attachment(self.model).aux_losses()
         if losses:
             total = torch.stack([value.to(loss.device) for value in losses.values()]).sum()
@@ -144,6 +146,22 @@ class AdapterTrainerMixin(_Base):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         attachment(self.model).restore(self.state.best_model_checkpoint)
+
+
+class KeepTaskIds:
+    """A collator that keeps the rows' ``task_ids``, around one that drops columns it does not know, as TRL's does.
+
+    ``SFTTrainer(..., data_collator=KeepTaskIds(DataCollatorForLanguageModeling(pad_token_id)))``. The inner collator
+    must give one row per example: leave packing and padding-free batches off.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The inner collator's batch, with ``task_ids`` of shape (rows,)."""
+        batch = self.collator([{name: value for name, value in row.items() if name != "task_ids"} for row in rows])
+        return {**batch, "task_ids": torch.tensor([int(row["task_ids"]) for row in rows])}
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]

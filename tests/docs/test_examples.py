@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import runpy
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import moepeft
@@ -36,10 +38,10 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str)
 
 
 def test_all_examples_are_tested_and_short() -> None:
-    names = ["glue_rte_mrpc", "multi_task_t5", "plain_pytorch", "quantised_llama"]
-    assert [f"{name}.py" for name in (*names, "slurm_fan_out")] == EXAMPLES  # the last: tests/benchmarks
+    names = ["classifier_with_head", "glue_rte_mrpc", "multi_task_t5", "own_mask", "plain_pytorch", "quantised_llama"]
+    assert [f"{name}.py" for name in (*names, "sft_to_lora", "slurm_fan_out")] == EXAMPLES  # the last: tests/benchmarks
     for name in EXAMPLES:
-        assert len((ROOT / "examples" / name).read_text().splitlines()) <= (44 if name.startswith("glue") else 39), name
+        assert len((ROOT / "examples" / name).read_text().splitlines()) <= (44 if name.startswith("glue") else 40), name
 
 
 def test_multi_task_t5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +57,36 @@ def test_plain_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert losses[-1] < losses[0]
     network = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
     moepeft.load(network, tmp_path / "plain-adapters", any_base=True)  # its weights were random
+
+
+def test_own_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_mask.py", tmp_path, monkeypatch)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0] / 2
+    assert json.loads((tmp_path / "tagger-adapters" / "adapter.json").read_text())["train"] == ["head"]
+
+
+@pytest.mark.slow
+def test_classifier_with_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    run("classifier_with_head.py", tmp_path, monkeypatch)
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("accuracy"))
+    assert float(line.split()[1]) > 0.8  # printed by the fresh process: a head that was not saved knows nothing
+
+
+@pytest.mark.slow
+def test_sft_to_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TRL is installed; the peft package reads what comes out."""
+    pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's and ByT5's
+        run("sft_to_lora.py", tmp_path, monkeypatch, "--steps", "4")
+    configs = [peft.PeftConfig.from_pretrained(tmp_path / "loras" / name) for name in ("reverse", "repeat")]
+    assert [config.r for config in configs] == [8, 8]
+    weights = [load_file(tmp_path / "loras" / name / "adapter_model.safetensors") for name in ("reverse", "repeat")]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())  # task_ids arrived
 
 
 def test_quantised_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
