@@ -18,6 +18,7 @@ from moepeft.context import SiteContext
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import contrastive as _fast
 from moepeft.ops.linear import first_position, with_row_mean
+from moepeft.ops.precision import without_autocast
 from moepeft.ops.segments import Segments
 from moepeft.protocols import LinearSite
 
@@ -69,7 +70,7 @@ def contrastive_task_loss(terms: Sequence[ContrastiveTerm], temperature: float) 
     """
     losses = []
     for summary, table, tasks in terms:
-        with torch.autocast(device_type=table.device.type, enabled=False):
+        with without_autocast(table):
             wide = torch.promote_types(table.dtype, torch.float32)
             cosines = F.normalize(summary.to(wide), dim=-1) @ F.normalize(table.to(wide), dim=-1).T
             losses.append(F.cross_entropy(cosines / temperature, tasks))

@@ -13,6 +13,7 @@ from moepeft.context import SiteContext
 from moepeft.fast import fast_paths_enabled
 from moepeft.methods._pyramid import Definition, Pyramid, Ready
 from moepeft.methods._task_gates import Selector, route_rows
+from moepeft.ops.precision import without_autocast
 
 
 class Prepared(NamedTuple):
@@ -73,7 +74,7 @@ def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[P
         return ()
     prepared = [Prepared() for _ in sites]
     if by_task and task_sets is not None:
-        with torch.autocast(device_type=task_sets.device.type, enabled=False):
+        with without_autocast(task_sets):
             selectors = [Selector(site.task_embedding, site.gate.weight, site.gate.bias) for site in sites]
             routed = route_rows(selectors, sites[0].choose, task_sets[:, 0], selectors[0].table.dtype)
         prepared = [Prepared(gates, table) for gates, table in routed]

@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moepeft.ops.draws import uniform
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import LinearSite
 
 
 def probabilities(x: Float[Tensor, "*n i"], router: Float[Tensor, "experts i"]) -> Float[Tensor, "*n experts"]:
     """softmax(W x) per token, in the router's precision: half precision would make ties of near experts."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x.to(router.dtype), router).softmax(dim=-1)
 
 

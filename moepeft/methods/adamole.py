@@ -32,6 +32,7 @@ from moepeft.context import SiteContext
 from moepeft.methods._token_router import RoutedPairs
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 _CONFIG = "configs/llama_adamole_csr_train.config"
@@ -159,7 +160,7 @@ class AdaMoLEAdapter(nn.Module):
 
     def threshold(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n 1"]:
         """tau of every token."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             return self.config.tau_max * F.linear(x.to(self.slope.dtype), self.slope, self.offset).sigmoid()
 
     def counts(

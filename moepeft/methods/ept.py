@@ -57,6 +57,7 @@ from moepeft.methods._released import ept as _released
 from moepeft.methods._task_gates import Gates, expert_gates
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -279,7 +280,7 @@ class EPTAdapter(nn.Module):
 
     def route(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
         """Gates of what is routed (task embeddings or tokens): zero but for the top k."""
-        with torch.autocast(device_type=routed.device.type, enabled=False):
+        with without_autocast(routed):
             return self.choose(self.gate(routed.to(self.gate.weight.dtype)))
 
     def choose(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:

@@ -40,6 +40,7 @@ from moepeft.methods._validation import check_choice, check_choices, check_count
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.losses import balance_loss, load_counts
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -294,7 +295,7 @@ class InwardAdapter(_Projection):
 
     def _route(self, block: str, x: Tensor, ctx: SiteContext) -> Choice:
         weight = self._routers[0][block]
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             probabilities = F.linear(x.to(weight.dtype), weight).softmax(dim=-1)
         choice = choose(probabilities, self.config.top_k)
         if self.training and self.config.balance_coefficient:

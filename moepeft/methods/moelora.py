@@ -37,6 +37,7 @@ from moepeft.methods._released.moelora import RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import per_row
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -129,7 +130,7 @@ class TaskGate(nn.Module):
         else:
             present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
             embedding = (F.embedding(tasks.clamp(min=0), self.task_embedding) * present).sum(1) / present.sum(1)
-        with torch.autocast(device_type=self.gate.device.type, enabled=False):
+        with without_autocast(self.gate):
             weights = F.linear(embedding, self.gate).softmax(dim=-1)
         return weights.index_select(0, tasks[:, 0]) if alone else weights
 

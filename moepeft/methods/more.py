@@ -53,6 +53,7 @@ from moepeft.methods._task_gates import Selector, route_rows
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
 from moepeft.ops.linear import add_linear, computing_type, per_row
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -222,7 +223,7 @@ class MoREAdapter(nn.Module):
 
     def probabilities(self) -> Float[Tensor, "tasks ranks"]:
         """p: of every rank, for every task."""
-        with torch.autocast(device_type=self.A.device.type, enabled=False):  # a rounded gate picks other ranks
+        with without_autocast(self.A):  # a rounded gate picks other ranks
             return F.linear(*self.selector).softmax(dim=-1)
 
     def choice(self) -> Int[Tensor, "tasks"]:
@@ -281,5 +282,5 @@ def select_terms(sites: Sequence[MoREAdapter], tasks: Int[Tensor, "rows"]) -> Se
         return term_weights(logits.softmax(dim=-1), first.ladder, first.scale * first.unit)
 
     kind = computing_type(first.A)
-    with torch.autocast(device_type=first.A.device.type, enabled=False):  # a rounded gate picks other ranks
+    with without_autocast(first.A):  # a rounded gate picks other ranks
         return route_rows(selectors, weigh, tasks, kind)

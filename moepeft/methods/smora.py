@@ -34,6 +34,7 @@ from moepeft.context import SiteContext
 from moepeft.methods._balanced_ranks import count_tokens, move_towards_idle
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -132,7 +133,7 @@ class SMoRAAdapter(nn.Module):
         """The frozen layer's output plus the update of each token's k ranks."""
         y, config = base(x), self.config
         dropped = self.dropout(x)
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             s = F.linear(dropped.to(self.router.dtype), self.router)
             of = softmax_gates if config.gates == "softmax" else sigmoid_gates
             g, chosen = of(s, self.bias.to(s.dtype), config.top_k)

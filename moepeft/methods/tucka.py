@@ -48,6 +48,7 @@ from moepeft.methods._released.tucka import PRESETS, RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_positive
 from moepeft.ops.draws import uniform
 from moepeft.ops.linear import token_shares, with_row_mean
+from moepeft.ops.precision import without_autocast
 from moepeft.ops.processes import has_processes
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -205,9 +206,9 @@ class Router(nn.Module):
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Tensor, Tensor, Tensor]:
         """`Routing.group`, `weights` and `gates` of each row."""
-        if not self._ready:
+        if not (self._ready or rows.is_meta):
             self._start(rows)
-        with torch.autocast(device_type=rows.device.type, enabled=False):
+        with without_autocast(rows):
             affinity = F.linear(rows, self.centroids).reshape(-1, self.config.groups, self.config.experts)
             scores = F.normalize(affinity, dim=-1, eps=1e-12).sigmoid()
         deciding = affinity if self.config.choice == "affinity" else scores

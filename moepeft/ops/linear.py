@@ -15,7 +15,9 @@ from . import _fast
 def computing_type(x: Tensor) -> torch.dtype:
     """The type of products with x: autocast's where it is on."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.is_meta or not torch.is_autocast_enabled(device):  # torch refuses to answer for the meta device
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def per_row(weight: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import alike
 
 Term = tuple[Tensor, Tensor, Tensor]
@@ -32,7 +33,7 @@ def _sum_over_sites(terms: Sequence[Term], temperature: float) -> Tensor:
     sizes = [len(summary), len(table)]
     wide = torch.promote_types(table.dtype, torch.float32)
     products, squares = [], []
-    with torch.autocast(device_type=table.device.type, enabled=False):
+    with without_autocast(table):
         for group in alike([term[1].shape[1] for term in terms]):
             both = torch.cat([tensor for number in group for tensor in terms[number][:2]]).to(wide)
             both = both.view(len(group), sum(sizes), -1)

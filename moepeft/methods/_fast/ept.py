@@ -42,6 +42,7 @@ from torch.autograd.function import once_differentiable
 from moepeft.methods._fast.ept_tables import Tables, cached_tables
 from moepeft.methods._pyramid import Once, Pyramid, Ready
 from moepeft.ops.linear import computing_type
+from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
 
 # A product per group needs no sorting of its result. Groups with fewer tokens are faster multiplied together.
@@ -62,7 +63,7 @@ def make_ready(
     scales = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels)
     kind = computing_type(first.A)
     factors: dict[int, Tensor] = {}
-    with torch.autocast(device_type=first.A.device.type, enabled=False):
+    with without_autocast(first.A):
         for group in alike(
             [(each.A.shape, each.B.shape, *sides) for each, sides in zip(pyramids, widths, strict=True)]
         ):
@@ -130,7 +131,7 @@ def add_pyramid(
     kernel = ready.kernel
     if kernel is None:
         assert ready.blocks is not None
-        with torch.autocast(device_type=gates.device.type, enabled=False):
+        with without_autocast(gates):
             kernel = gates.flatten(0, -2) @ ready.blocks
 
     def sort() -> Tensor:
@@ -161,7 +162,7 @@ class _AddPyramid(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor
     ) -> Tensor:
-        with torch.autocast(device_type=features.device.type, enabled=False):
+        with without_autocast(features):
             down, up = _of_sides(factors, features.shape[-1])
             low = into_rank_space(features, down)
             ctx.save_for_backward(features if source is None else source, factors, low, kernel)
@@ -174,7 +175,7 @@ class _AddPyramid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, factors, low, kernel = ctx.saved_tensors
         groups, g, k, tokens = low.shape
-        with torch.autocast(device_type=grad.device.type, enabled=False):
+        with without_autocast(grad):
             down, up = _of_sides(factors, ctx.width)
             of_update = sort_by_residue(grad.to(low.dtype).reshape(groups, tokens, -1), g)
             of_mixed = into_rank_space(of_update, up)

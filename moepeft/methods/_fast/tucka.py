@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepeft.ops.linear import add_linear, computing_type
+from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
 
 Factors = tuple[Tensor, Tensor, Tensor, Any]
@@ -43,7 +44,7 @@ def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
     order = [number for group in groups for number in group]
     ready: dict[int, Tensor] = {}
     squares = []
-    with torch.autocast(factors[0][0].device.type, enabled=False):
+    with without_autocast(factors[0][0]):
         for group in groups:
             U = together.stack([factors[number][1] for number in group], group)
             squares.append(U.square().sum(dim=(1, 2)))
