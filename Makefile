@@ -8,7 +8,7 @@ TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 LOWEST := .venv-lowest
 
-.PHONY: quick test test-slow test-exhaustive test-lowest check docs clean architectures
+.PHONY: quick test test-slow test-exhaustive test-lowest check docs release clean architectures
 
 quick: $(READY)  ## install, then compare three methods on four generated tasks: tables and a page, within 5 minutes
 	$(BIN)/python -m benchmarks.run --methods lora,ept,tucka --tasks q_sst2,q_stsb,q_mnli,q_openbookqa --steps 100 --eval-rows 100
@@ -45,6 +45,13 @@ $(READY): pyproject.toml constraints.txt
 $(TOOLS): $(READY)
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[peft,tucker,quantised,launch,trl,dev]"
 	touch $@
+
+release: $(TOOLS)  ## wheel, sdist and notes in dist/, checked; nothing is uploaded
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	awk '/^## \[/ {found += 1; next} found == 1' CHANGELOG.md > dist/NOTES.md
+	$(BIN)/python -m pytest -q tests/docs/test_packaging.py
+	cd dist && sha256sum *.whl *.tar.gz
 
 docs: $(DOCS)  ## the documentation's site, in site/
 	$(BIN)/mkdocs build --strict

@@ -43,6 +43,7 @@ def gather_suites(folders: Sequence[Path]) -> list[dict[str, Any]]:
             own = frame[frame["protocol_id"] == group.key]
             suites.append(
                 {
+                    "key": f"{folder.name}/{group.key}",
                     "name": group.label,
                     "folder": folder.as_posix(),
                     "tasks": find_tasks(select_reported(own)),
@@ -101,12 +102,22 @@ def describe_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
                 "scores": {str(task): [_number(value) for value in values] for task, values in by_task.items()},
                 "rate": float(own["learning_rate"].iloc[0]),
                 "parameters": _median(costs, str(label), "parameters.adapter"),
+                "added": _median(costs, str(label), "parameters.added_by_task"),
+                "merges": _merges(costs, str(label)),
                 "step": _median(costs, str(label), "timing.train_over_bare"),
                 "seconds": _median(costs, str(label), "timing.train_step.median"),
                 "memory": _median(costs, str(label), "memory.peak_bytes"),
             }
         )
     return rows
+
+
+def _merges(costs: pd.DataFrame, label: str) -> str:
+    """Whether the update folds into the weights: one for all tasks, one for each, or not at all."""
+    merges, added = _median(costs, label, "parameters.mergeable"), _median(costs, label, "parameters.added_by_task")
+    if merges is None:
+        return "n/a"
+    return "no" if not merges else "per task" if added else "yes"
 
 
 def _median(costs: pd.DataFrame, label: str, column: str) -> float | None:

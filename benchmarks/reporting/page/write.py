@@ -36,6 +36,7 @@ def write_page(results: Path, target: Path) -> Path:
         "claims": gather_tables(results / "tables"),
     }
     page["verdict"] = state_verdict(page)
+    page["conflict"] = answer_conflict(page)
     shutil.copytree(ASSETS, target, dirs_exist_ok=True)
     (target / "page.html").replace(target / "index.html")
     # A script and not JSON: a page that was opened from disk may not fetch files.
@@ -64,6 +65,18 @@ def state_verdict(page: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+def answer_conflict(page: dict[str, Any]) -> str:
+    """Which method tasks that contradict each other ask for, as the experiment's own tables say."""
+    found = {Path(table["file"]).stem: table for table in page["mechanisms"]}
+    if "conflict-scores" not in found:
+        return "Not run yet: python -m benchmarks.run --suite mechanisms"
+    scores, pairs = found["conflict-scores"], found.get("conflict-pairs", {"rows": []})
+    best = next((row[0] for row in scores["rows"] if row[0] != scores["rows"][0][0]), "no method")
+    beaten = [row[1] for row in pairs["rows"] if row[0] == best and row[-1] == "decided"]
+    said = f", decided over {', '.join(beaten)}" if beaten else ", decided over no other method"
+    return f"{best} has the highest mean R2{said}."
+
+
 def _of_suite(suite: dict[str, Any]) -> dict[str, str]:
     decided = [pair for pair in suite["pairs"] if pair["decided"]]
     sentences = [
@@ -74,4 +87,4 @@ def _of_suite(suite: dict[str, Any]) -> dict[str, str]:
     ]
     answer = f"{len(decided)} of {len(suite['pairs'])} pairs are decided after {suite['steps']} steps"
     answer += f": {'; '.join(sentences)}." if sentences else ": no two methods are told apart at this budget."
-    return {"question": f"{suite['name']}:", "answer": answer, "link": "#pairs"}
+    return {"question": f"{suite['name']}:", "answer": answer, "link": "#pairs", "suite": suite["key"]}

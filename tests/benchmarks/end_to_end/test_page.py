@@ -137,6 +137,35 @@ def test_a_number_leads_to_its_record(page: Any) -> None:
     assert not page.locator("#record").is_visible()
 
 
+def test_six_questions_are_answered_above_the_leaderboard(page: Any) -> None:
+    answers = page.locator("#questions dd").all()
+    assert len(answers) == 6
+    assert all(len(answer.inner_text()) > 20 for answer in answers)
+    assert re.search(r"lora 0\b", page.locator("#answer-added").inner_text())
+    shown = {row[0]: row for row in rows(page)}
+    merges = page.locator("#board thead th").all_inner_texts().index("merges")
+    assert (shown["lora"][merges], shown["ept"][merges], shown["mixlora"][merges]) == ("yes", "per task", "no")
+    page.locator("#answer-record button").click()
+    assert "results/" in page.locator("#record-facts").inner_text()
+    page.keyboard.press("Escape")
+
+
+def test_a_pair_of_methods_is_compared_with_one_choice(page: Any) -> None:
+    def differences() -> list[float]:
+        return [float(text) for text in re.findall(r": ([+-]\d+\.\d) ±", page.locator("#answer-pair").inner_text())]
+
+    found = differences()
+    assert len(found) == page.locator("#suite option").count()
+    page.select_option("#first", "moelora")
+    page.select_option("#second", "ept")
+    assert differences() == [-value for value in found]
+
+
+def test_evidence_of_a_suite_shows_that_suite(page: Any) -> None:
+    page.locator("#verdict a").nth(1).click()
+    assert page.locator("#suite").input_value() == "1"
+
+
 def test_another_suite_brings_its_own_tasks_and_rows(page: Any) -> None:
     before = page.locator("#tasks").inner_text()
     page.select_option("#suite", index=1)

@@ -63,6 +63,8 @@ function drawBoard() {
     { title: "mean", key: "mean", show: (row) => recordButton(withHalf(row.mean, row.half), row.cells) },
     { title: "parameters", key: "parameters", show: (row) => count(row.parameters) },
     { title: "step / bare forward", key: "step", show: (row) => (row.step === null ? "n/a" : row.step.toFixed(2)) },
+    { title: "one more task", key: "added", show: (row) => count(row.added) },
+    { title: "merges", key: "merges", words: true },
     { title: "rate", key: "rate", show: (row) => row.rate.toPrecision(2) },
     { title: "seeds", key: "seeds", value: (row) => row.seeds.length, show: (row) => String(row.seeds.length) },
     ...tasks.map((task) => ({ title: task, value: (row) => taskMean(row, task), show: (row) => points(taskMean(row, task)) })),
@@ -151,6 +153,44 @@ function drawRecords() {
   ], rows, { column: 0, descending: false });
 }
 
+// ---------------------------------------------------------------- questions
+
+const verdictOf = (pair) => (pair.decided ? `decided, p ${pair.p < 0.001 ? "< 0.001" : pair.p.toFixed(3)}` : pair.seeds > 1 ? `undecided, p ${pair.p.toFixed(3)}` : "undecided: one seed");
+
+/** The difference of two methods in every suite that has both. */
+function answerPair() {
+  const [first, second] = [byId("first").value, byId("second").value];
+  if (first === second) { byId("answer-pair").textContent = "They are the same method."; return; }
+  const found = PAGE.suites.flatMap((one) => one.pairs
+    .filter((pair) => [pair.first, pair.second].includes(first) && [pair.first, pair.second].includes(second))
+    .map((pair) => { const value = (pair.first === first ? 1 : -1) * pair.difference; return `${one.name}: ${value >= 0 ? "+" : ""}${value.toFixed(1)} ± ${pair.half.toFixed(1)} points (${verdictOf(pair)})`; }));
+  byId("answer-pair").textContent = found.length ? `${found.join("; ")}.` : "No suite has runs of both with a seed in common.";
+}
+
+/** Answers that are read from the rows of the chosen suite. */
+function answerQuestions() {
+  const rows = suite().rows.filter((row) => !row.baseline);
+  const list = (known, show) => (known.length ? `${known.map((row) => `${row.label} ${show(row)}`).join(", ")}.` : "Not measured in this suite.");
+  byId("answer-conflict").textContent = PAGE.conflict;
+  byId("answer-added").textContent = `Trained numbers: ${list(rows.filter((row) => row.added !== null), (row) => count(row.added))}`;
+  const timed = rows.filter((row) => row.step !== null).sort((a, b) => a.step - b.step);
+  byId("answer-speed").replaceChildren(`A training step in forwards of the bare model: ${list(timed, (row) => row.step.toFixed(1))} `, element("a", { href: "#speed" }, "Speed"));
+  const merges = (word) => rows.filter((row) => row.merges === word).map((row) => row.label).join(", ") || "none";
+  byId("answer-merge").textContent = `One update for all tasks: ${merges("yes")}. One per task: ${merges("per task")}. Not at all: ${merges("no")}.`;
+  const best = rows.filter((row) => row.status.includes("ok"))[0];
+  byId("answer-record").replaceChildren(...(best ? [recordButton(`the records of ${best.label}`, best.cells)] : ["a mean of the leaderboard"]));
+}
+
+function startQuestions() {
+  const names = [...new Set(PAGE.suites.flatMap((one) => one.rows.filter((row) => !row.baseline).map((row) => row.label)))];
+  for (const [id, wanted] of [["first", "ept"], ["second", "moelora"]]) {
+    byId(id).replaceChildren(...names.map((name) => element("option", { value: name }, name)));
+    byId(id).value = names.includes(wanted) ? wanted : names[id === "first" ? 0 : Math.min(1, names.length - 1)] ?? "";
+    byId(id).addEventListener("change", answerPair);
+  }
+  answerPair();
+}
+
 // ---------------------------------------------------------------- charts
 
 // The library overwrites a chart's label with the description of what is drawn.
@@ -170,17 +210,34 @@ function embed(id, spec) {
 function costPoints(rows, axis) {
   const known = rows.filter((row) => row.mean !== null && row[axis] !== null && row[axis] > 0)
     .map((row) => ({ method: row.label, cost: row[axis], score: 100 * row.mean, low: 100 * (row.mean - (row.half ?? 0)), high: 100 * (row.mean + (row.half ?? 0)) }));
+  spreadLabels(known, axis === "parameters" ? Math.log : (cost) => cost);
   const front = known.filter((one) => !known.some((other) => other !== one && other.cost <= one.cost && other.score >= one.score && (other.cost < one.cost || other.score > one.score)));
   return { known, front };
+}
+
+/** Move the names of neighbours apart: by so many pixels that no two stand on one line. */
+function spreadLabels(known, scale) {
+  const range = (values) => Math.max(...values) - Math.min(...values) || 1;
+  const width = range(known.map((one) => scale(one.cost)));
+  const height = range(known.flatMap((one) => [one.low, one.high]));
+  const placed = [];
+  for (const one of [...known].sort((a, b) => b.score - a.score)) {
+    const near = placed.filter((other) => Math.abs(scale(other.cost) - scale(one.cost)) < 0.2 * width);
+    const pixel = (-250 * one.score) / height;
+    one.shift = Math.max(0, ...near.map((other) => other.line + 13 - pixel));
+    placed.push({ cost: one.cost, line: pixel + one.shift });
+  }
 }
 
 function drawCosts(rows) {
   const titles = { parameters: "trainable parameters", step: "training step over the bare model's forward" };
   for (const [axis, id] of [["parameters", "chart-parameters"], ["step", "chart-step"]]) {
     const { known, front } = costPoints(rows, axis);
-    const x = { field: "cost", type: "quantitative", title: titles[axis], scale: axis === "parameters" ? { type: "log" } : { zero: false } };
-    const colour = { field: "method", type: "nominal", title: null };
-    const shape = { field: "method", type: "nominal", legend: null };
+    const x = { field: "cost", type: "quantitative", title: titles[axis], scale: axis === "parameters" ? { type: "log" } : { zero: false }, axis: { format: "~s", labelOverlap: true } };
+    // One colour and one shape for a method, whichever methods a chart shows.
+    const scale = { domain: suite().rows.map((row) => row.label) };
+    const colour = { field: "method", type: "nominal", title: null, legend: null, scale };
+    const shape = { field: "method", type: "nominal", legend: null, scale };
     const tooltip = ["method", "cost", "score", "low", "high"].map((field) => ({ field, format: field === "method" ? undefined : ",.4~g" }));
     embed(id, {
       data: { values: known },
@@ -188,7 +245,7 @@ function drawCosts(rows) {
         { data: { values: front }, mark: { type: "line", strokeDash: [4, 3], color: "#888" }, encoding: { x, y: { field: "score", type: "quantitative" } } },
         { mark: { type: "rule" }, encoding: { x, y: { field: "low", type: "quantitative", title: "mean score", scale: { zero: false } }, y2: { field: "high" }, color: colour } },
         { mark: { type: "point", filled: true, size: 90 }, encoding: { x, y: { field: "score", type: "quantitative" }, color: colour, shape, tooltip } },
-        { mark: { type: "text", dx: 8, align: "left", fontSize: 12 }, encoding: { x, y: { field: "score", type: "quantitative" }, text: { field: "method" } } },
+        { mark: { type: "text", dx: 8, dy: { expr: "datum.shift" }, align: "left", fontSize: 12 }, encoding: { x, y: { field: "score", type: "quantitative" }, text: { field: "method" } } },
       ],
     });
   }
@@ -202,13 +259,16 @@ function drawCosts(rows) {
 function drawCurves() {
   const axis = byId("curve-axis").value;
   const values = suite().curves.filter((point) => point[axis] !== null);
+  const drawnLabels = new Set(values.map((point) => point.label));
+  const scale = { domain: suite().rows.map((row) => row.label) };
+  const legend = { title: null, values: scale.domain.filter((label) => drawnLabels.has(label)), orient: "bottom", columns: byId("chart-curves").clientWidth < 600 ? 3 : 8, symbolSize: 400, symbolStrokeWidth: 2 };
   embed("chart-curves", {
     data: { values },
     transform: [{ window: [{ op: "mean", field: "loss", as: "smooth" }], frame: [-2, 2], groupby: ["label"], sort: [{ field: "step" }] }],
     mark: { type: "line", strokeWidth: 2 },
     encoding: {
       x: { field: axis, type: "quantitative", title: axis }, y: { field: "smooth", type: "quantitative", title: "task loss, mean of five points", scale: { zero: false } },
-      color: { field: "label", type: "nominal", title: null }, strokeDash: { field: "label", type: "nominal", legend: null },
+      color: { field: "label", type: "nominal", legend, scale }, strokeDash: { field: "label", type: "nominal", legend, scale },
       tooltip: [{ field: "label" }, { field: "step" }, { field: "loss", format: ".4f" }],
     },
   });
@@ -289,11 +349,19 @@ function chooseSuite() {
     return element("label", {}, box, ` ${task}`);
   }));
   byId("routed").replaceChildren(...chosen.routing.map((run, index) => element("option", { value: index }, `${run.method}, seed ${run.seed}`)));
-  drawBoard(); drawCurves(); drawPairs(); drawRouting();
+  drawBoard(); drawCurves(); drawPairs(); drawRouting(); answerQuestions();
+}
+
+/** The evidence of a suite stands in sections that show one suite: choose that one. */
+function showSuite(key) {
+  const at = PAGE.suites.findIndex((one) => one.key === key);
+  if (at < 0) return;
+  byId("suite").value = String(at);
+  chooseSuite();
 }
 
 function start() {
-  byId("verdict-text").replaceChildren(...PAGE.verdict.map((entry) => element("p", {}, element("strong", {}, `${entry.question} `), entry.answer, " ", ...(entry.link ? [element("a", { href: entry.link }, "Evidence")] : []))));
+  byId("verdict-text").replaceChildren(...PAGE.verdict.map((entry) => element("p", {}, element("strong", {}, `${entry.question} `), entry.answer, " ", ...(entry.link ? [element("a", { href: entry.link, onclick: () => showSuite(entry.suite) }, "Evidence")] : []))));
   byId("suite").replaceChildren(...PAGE.suites.map((one, index) => element("option", { value: index }, `${one.name} (${one.steps} steps)`)));
   byId("suite").addEventListener("change", chooseSuite);
   for (const id of ["preset", "size", "name"]) byId(id).addEventListener("input", drawBoard);
@@ -301,6 +369,7 @@ function start() {
   byId("curve-axis").addEventListener("change", drawCurves);
   byId("routed").addEventListener("change", drawRouting);
   dark.addEventListener("change", chooseSuite);
+  startQuestions();
   if (PAGE.suites.length) chooseSuite();
   drawRecords();
   drawTables("mechanisms-body", PAGE.mechanisms, "No mechanisms were run: python -m benchmarks.run --suite mechanisms");
