@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attach import Attachment, attach, attachment
+from .attach import Attachment, attach, attachment, attachments
 from .config import MethodConfig
 from .errors import MoepeftError
 from .fast import fast_paths
@@ -36,6 +36,7 @@ __all__ = [
     "TuckA",
     "attach",
     "attachment",
+    "attachments",
     "available",
     "fast_paths",
     "find_sites",

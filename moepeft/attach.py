@@ -8,16 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from . import building, heads
-from .attachment import Attachment, attachment
+from .attachment import Attachment
 from .errors import AlreadyAttached, ConfigError, Unsupported
 from .hooks import install
 from .protocols import AdapterFactory
 from .shards import is_sharded
-from .sites import LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
-from .state import SLOT, State
+from .sites import SLOT, LeftOut, LinearSite, SitePattern, by_reason, select_sites, survey
+from .state import State, states_of
 from .trained import find_modules, is_beneath, unfreeze, warn_of_new_heads
 
-__all__ = ["Attachment", "attach", "attachment"]
+__all__ = ["Attachment", "attach", "attachment", "attachments"]
 
 
 def attach(
@@ -50,20 +50,14 @@ def attach(
         NoMatchingSite: `sites`, `exclude`, `train` or `train_per_task` matches nothing.
         Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
             was not given, or its weights are sharded already.
-        AlreadyAttached: the model has adapters.
+        AlreadyAttached: a chosen layer has an adapter. Attachments on other layers stand side by side.
     """
     if isinstance(factory, type) or not isinstance(factory, AdapterFactory):
         raise ConfigError(
             f"factory={factory!r} is no configured method: give one, such as moepeft.LoRA(rank=8) or "
             "moepeft.method('lora', rank=8)"
         )
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise Unsupported(
-            "the model's weights are sharded, and its processes would train other adapters each: attach first, then "
-            "shard the model with them; saved values are read by their restore() afterwards"
-        )
-    if any(hasattr(module, SLOT) for module in model.modules()):
-        raise AlreadyAttached("the model has adapters already: call detach() on their attachment first")
+    neighbours = _neighbours(model)
     along, per_task = find_modules(model, train or ()), find_modules(model, train_per_task)
     if per_task:
         heads.check(factory)
@@ -79,19 +73,51 @@ def attach(
         raise Unsupported(f"{factory.name} can adapt none of the chosen layers{f', e.g. {why}' if why else ''}")
     if sites is None:
         _warn_of_the_unreachable(model, chosen, (*unreachable, *_experts_left(factory, found)))
+    _refuse_what_others_carry(neighbours, chosen, whole)
     shared, built = building.build(factory, chosen)
     left_out = (
         *unreachable,
         *_left_by(factory, [site for site in found if not is_beneath(site.name, whole)], wanted, chosen),
     )
     state = State(model, factory, chosen, shared, left_out, along, per_task)
-    model.requires_grad_(False)
+    if not neighbours:  # else frozen but for the adapters, and what their attachments train
+        model.requires_grad_(False)
     unfreeze(model, along)
-    warn_of_new_heads(state, asked=train is not None or bool(per_task))
+    warn_of_new_heads(state, asked=train is not None or bool(per_task or neighbours))
     install(state, built)
     if building.on_meta(built[0]):
         state.without_values = built[0]
-    return Attachment(model)
+    return Attachment(model, state.number)
+
+
+def _neighbours(model: nn.Module) -> list[State]:
+    """Of the attachments that the model has already."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise Unsupported(
+            "the model's weights are sharded, and its processes would train other adapters each: attach first, then "
+            "shard the model with them; saved values are read by their restore() afterwards"
+        )
+    neighbours = states_of(model)
+    if not neighbours and any(hasattr(module, SLOT) for module in model.modules()):
+        raise AlreadyAttached(
+            "a part of the model, or what it is a part of, has adapters: call detach() on their attachment first"
+        )
+    return neighbours
+
+
+def _refuse_what_others_carry(
+    neighbours: Sequence[State], chosen: Sequence[LinearSite], whole: tuple[str, ...]
+) -> None:
+    taken = {site.carrier for state in neighbours for site in state.sites}
+    theirs = [name for state in neighbours for name in (*state.train, *state.train_per_task)]
+    both = [site.carrier for site in chosen if site.carrier in taken or is_beneath(site.carrier, theirs)]
+    both += [name for name in (*taken, *theirs) if is_beneath(name, whole)]
+    both += [name for name in whole if is_beneath(name, theirs)]
+    if both:
+        raise AlreadyAttached(
+            f"{both[0]!r} has adapters already, or trains with others: detach() these first, or name "
+            "by `sites`, `exclude` and `train` what belongs to none"
+        )
 
 
 def _left_by(
@@ -148,3 +174,22 @@ def _warn_of_the_unreachable(model: nn.Module, chosen: Sequence[LinearSite], unr
             f"adapter: {'; '.join(by_reason(hidden))}",
             stacklevel=3,
         )
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """The handle on a model that carries adapters, such as a deep copy or an unpickled one.
+
+    Raises:
+        Unsupported: the model carries none, or several attachments.
+    """
+    found = attachments(model)
+    if len(found) != 1:
+        several = f"{len(found)} attachments: take one of moepeft.attachments(model)"
+        what = several if found else "no adapters: call attach() on it first"
+        raise Unsupported(f"this {type(model).__name__} carries {what}")
+    return found[0]
+
+
+def attachments(model: nn.Module) -> tuple[Attachment, ...]:
+    """The handles on all attachments of a model, in the order in which they came."""
+    return tuple(Attachment(model, state.number) for state in states_of(model))

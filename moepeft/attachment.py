@@ -21,7 +21,7 @@ from .losses import aux_losses
 from .protocols import AdapterFactory
 from .runtime import Runtime
 from .sites import LinearSite
-from .state import ENTRY, Entry, State
+from .state import State, states_of
 from .stepping import after_step
 
 
@@ -32,14 +32,21 @@ class Attachment:
         model: the adapted model. All state lives in it; the handle has none.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, number: int) -> None:
         self.model = model
+        self._number = number
 
     @property
     def state(self) -> State:
-        """What the attachment is made of."""
-        entry: Entry = getattr(self.model, ENTRY)
-        return entry.state
+        """What the attachment is made of.
+
+        Raises:
+            Unsupported: the adapters were taken off.
+        """
+        for state in states_of(self.model):
+            if state.number == self._number:
+                return state
+        raise Unsupported("these adapters were detached: call attach() or load() for new ones")
 
     @property
     def factory(self) -> AdapterFactory:
@@ -306,14 +313,3 @@ class Attachment:
             self.unmerge()
         leave(self.state)
         return self.model
-
-
-def attachment(model: nn.Module) -> Attachment:
-    """The handle on a model that carries adapters, such as a deep copy or an unpickled one.
-
-    Raises:
-        Unsupported: the model carries none.
-    """
-    if not hasattr(model, ENTRY) or getattr(model, ENTRY).state.model is not model:
-        raise Unsupported(f"this {type(model).__name__} carries no adapters: call attach() on it first")
-    return Attachment(model)

@@ -62,6 +62,7 @@ def count_parameters(state: State) -> ParameterCount:
     total = counted["task_table"] + counted["router"] + counted["core"]
     beside = sum(parameter.numel() for parameter in find_others(state).values())
     everything = sum(p.numel() for p in state.model.parameters())
+    of_others = sum(_added_by(other) for other in state.neighbours)
     return ParameterCount(
         total=total,
         shared=counted["shared"],
@@ -69,10 +70,16 @@ def count_parameters(state: State) -> ParameterCount:
         router=counted["router"],
         beside=beside,
         closed_form=state.factory.count(state.sites),
-        base=everything - total - beside,
+        base=everything - total - beside - of_others,
         sites=len(state.sites),
         experts=counted["experts"],
     )
+
+
+def _added_by(state: State) -> int:
+    """Numbers that the bare model does not have: adapters, and heads per task."""
+    heads = (value.numel() for name, value in find_others(state).items() if name not in state.trained_before)
+    return sum(heads) + sum(parameter.numel() for _, parameter in state.named_parameters())
 
 
 def count_added_by_task(factory: AdapterFactory, sites: Sequence[LinearSite]) -> int:

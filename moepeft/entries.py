@@ -13,6 +13,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .masks import Mask
 from .preparing import prepare
 from .runtime import Forward, Memory, Runtime
 from .sites import LinearSite
-from .state import ENTRY, Entry, State
+from .state import ENTRY, Entry, State, entries_of
 from .stepping import check_stepped
 
 # Their blocks take (positions, rows, features): it matters where there are as many positions as rows.
@@ -41,28 +42,48 @@ def install_entries(state: State) -> None:
         names = tuple(inspect.signature(module.forward).parameters)
         kept = {attribute: vars(module).get(attribute) for attribute in ("forward", "generate")}
         below = {site: adapter for site, adapter in adapters.items() if site.startswith(f"{name}." if name else "")}
-        setattr(module, ENTRY, Entry(state, names, _part(state.model, name, module), kept, below))
+        before = entries_of(module)
+        setattr(module, ENTRY, (*before, Entry(state, names, _part(state.model, name, module), kept, below)))
+        if before:
+            continue
         _bind(module, "forward", _entry_forward)
         if callable(getattr(module, "generate", None)) and hasattr(module, "generation_config"):
             _bind(module, "generate", _entry_generate)
 
 
+def renew_entries(state: State) -> None:
+    """Let the entries know adapters that took others' places."""
+    now = state.adapters
+    for module in state.model.modules():
+        entries = [
+            entry._replace(adapters={name: now[name] for name in entry.adapters}) if entry.state is state else entry
+            for entry in entries_of(module)
+        ]
+        if entries:
+            setattr(module, ENTRY, tuple(entries))
+
+
 def remove_entries(state: State) -> None:
     """Undo `install_entries`."""
     for module in state.model.modules():
-        entry = vars(module).get(ENTRY)
-        if entry is None:
+        entries = entries_of(module)
+        left = [entry for entry in entries if entry.state is not state]
+        if len(left) == len(entries):
+            continue
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            module._gradient_checkpointing_func = _without(checkpoint, state.runtime)
+        kept = entries[0].kept
+        if left:
+            setattr(module, ENTRY, (left[0]._replace(kept=kept), *left[1:]))
             continue
         delattr(module, ENTRY)
-        checkpoint = vars(module).get("_gradient_checkpointing_func")
-        if getattr(checkpoint, "func", None) is _checkpoint:
-            module._gradient_checkpointing_func = checkpoint.args[1]  # type: ignore[union-attr]
         for attribute, function in (("forward", _entry_forward), ("generate", _entry_generate)):
             bound = vars(module).get(attribute)
             if getattr(bound, "func", None) is function:  # else another library's wrapper stands above: it stays
                 delattr(module, attribute)
-                if entry.kept[attribute] is not None:
-                    setattr(module, attribute, entry.kept[attribute])
+                if kept[attribute] is not None:
+                    setattr(module, attribute, kept[attribute])
 
 
 def _bind(module: nn.Module, attribute: str, function: Callable[..., Any]) -> None:
@@ -108,30 +129,39 @@ def _part(model: nn.Module, name: str, module: nn.Module) -> Part:
     )
 
 
-def _inner(module: nn.Module, entry: Entry | None, attribute: str) -> Callable[..., Any]:
-    kept = None if entry is None else entry.kept[attribute]
+def _inner(module: nn.Module, entries: tuple[Entry, ...], attribute: str) -> Callable[..., Any]:
+    kept = entries[0].kept[attribute] if entries else None
     return functools.partial(getattr(type(module), attribute), module) if kept is None else kept
 
 
 def _entry_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    entry: Entry | None = vars(module).get(ENTRY)
-    inner = _inner(module, entry, "forward")
-    if entry is None:  # detached, beneath another library's wrapper
-        return inner(*args, **kwargs)
+    entries = entries_of(module)  # none where the adapters were detached beneath another library's wrapper
+    begins = any(entry.state.runtime.forward is None for entry in entries)
+    task_ids = kwargs.pop("task_ids", None) if begins else None
+    return _enter(module, entries, 0, task_ids, args, kwargs)
+
+
+def _enter(
+    module: nn.Module, entries: tuple[Entry, ...], number: int, task_ids: Any, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """Call the module inside of what the forwards of its attachments know, from that number on."""
+    if number == len(entries):
+        return _inner(module, entries, "forward")(*args, **kwargs)
+    entry = entries[number]
+    inner = functools.partial(_enter, module, entries, number + 1, task_ids, args, kwargs)
     runtime = entry.state.runtime
     forward = runtime.forward
     if forward is None and backward_under_way() is not None:
         inputs = (*args, *kwargs.values())
         with runtime.resumed(runtime.memory_of(tuple(value for value in inputs if isinstance(value, Tensor)))):
-            return inner(*args, **kwargs)
+            return inner()
     call = {**dict(zip(entry.call_names, args, strict=False)), **kwargs}
     if forward is None:
-        kwargs.pop("task_ids", None)
-        forward = _forward_of(entry, call, module.training)
+        forward = _forward_of(entry, {**call, "task_ids": task_ids}, module.training)
         runtime.begin(forward)
         try:
             prepare(entry.state, entry.adapters, forward)
-            output = inner(*args, **kwargs)
+            output = inner()
         finally:
             runtime.end()
         if runtime.last.grad_expected and not entry.state.uses_checked and not torch.compiler.is_compiling():
@@ -148,7 +178,7 @@ def _entry_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     if forward.grad and not torch.compiler.is_compiling() and forward.scope.main is not None:
         runtime.remember(forward.scope.main)
     try:
-        return inner(*args, **kwargs)
+        return inner()
     finally:
         forward.scopes.pop()
 
@@ -180,9 +210,27 @@ def _check_gradient(forward: Forward, entry: Entry) -> None:
 def _remember_when_checkpointed(module: nn.Module, runtime: Runtime) -> None:
     """Let a block of transformers, which checkpoints inside of its own forward, be computed again as it was first."""
     checkpoint = vars(module).get("_gradient_checkpointing_func")
-    if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint:
+    if checkpoint is not None and not _remembers(checkpoint, runtime):
         bound: Any = functools.partial(_checkpoint, runtime, checkpoint)
         module._gradient_checkpointing_func = bound
+
+
+def _remembers(checkpoint: Any, runtime: Runtime) -> bool:
+    """Whether the runtime stands in the chain of what wraps a checkpointing function."""
+    while getattr(checkpoint, "func", None) is _checkpoint:
+        if checkpoint.args[0] is runtime:
+            return True
+        checkpoint = checkpoint.args[1]
+    return False
+
+
+def _without(checkpoint: Any, runtime: Runtime) -> Any:
+    """The chain without that runtime."""
+    if getattr(checkpoint, "func", None) is not _checkpoint:
+        return checkpoint
+    other, inner = checkpoint.args
+    inner = _without(inner, runtime)
+    return inner if other is runtime else functools.partial(_checkpoint, other, inner)
 
 
 def _checkpoint(runtime: Runtime, checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -248,12 +296,12 @@ def begin_at_layer(state: State, x: Tensor, training: bool) -> Forward:
 
 
 def _entry_generate(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    entry: Entry | None = vars(module).get(ENTRY)
-    inner = _inner(module, entry, "generate")
-    if entry is None:
-        return inner(*args, **kwargs)
-    with entry.state.runtime.changed(copies=_copies(module, kwargs)):
-        return inner(*args, **kwargs)
+    entries = entries_of(module)
+    copies = _copies(module, kwargs)
+    with ExitStack() as inside:
+        for entry in entries:
+            inside.enter_context(entry.state.runtime.changed(copies=copies))
+        return _inner(module, entries, "generate")(*args, **kwargs)
 
 
 def _copies(module: nn.Module, kwargs: Mapping[str, Any]) -> int:

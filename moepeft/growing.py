@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import building, heads
 from .config import task_number, with_more_tasks
+from .entries import renew_entries
 from .errors import Unsupported
 from .shards import is_sharded
 from .state import State
@@ -30,6 +31,7 @@ def add_tasks(state: State, number: int) -> None:
         assert isinstance(slot.adapter, nn.Module)
         _take_over(adapter, slot.adapter)
         slot.adapter = adapter
+    renew_entries(state)
     heads.grow(state, number)
     state.factory = grown
 

@@ -1,4 +1,4 @@
-"""What is put on a model's layers: adapters, and on DeBERTa's attention what tells rows from positions.
+"""What is put on a model's layers: adapters, and on the modules around them what begins a forward.
 
 Every adapted layer gets one child module, `moepeft` (a `Slot` with the adapter; the first one also holds what all
 share), and its `forward` is bound on the instance to a `functools.partial` of a module-level function; the class, the
@@ -22,11 +22,12 @@ from .calls import Arranged, arrange, rows_from_second
 from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
 from .fused import ExpertMatrices, ExpertMatrix, mix, project
+from .positions import add_hooks, is_table, position_readers, remove_hooks
 from .protocols import Base, Stepping
-from .reading import code_of
 from .runtime import Forward, Runtime
-from .sites import LinearSite
-from .state import SLOT, Slot, State, weight_of
+from .sites import SLOT, LinearSite
+from .state import Slot, State, states_of, weight_of
+from .trained import is_beneath
 
 
 def install(state: State, adapters: Sequence[nn.Module]) -> None:
@@ -42,8 +43,7 @@ def install(state: State, adapters: Sequence[nn.Module]) -> None:
     state.steps = any(isinstance(adapter, Stepping) for adapter in adapters)
     if _tells_rows_apart(state):
         for attention in position_readers(state.model, state.sites):
-            attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
-            attention.register_forward_hook(_forget_rows, always_call=True)
+            add_hooks(attention)
     _compute_rows_whole(state)
     heads.install(state)
     install_entries(state)
@@ -73,23 +73,43 @@ def _tells_rows_apart(state: State) -> bool:
 
 
 def remove(state: State) -> None:
-    """Undo `install`: no module keeps anything of ours."""
+    """Undo `install`: no module keeps anything of this attachment."""
     remove_entries(state)
     heads.remove(state)
     for module in state.model.modules():
-        if isinstance(module._modules.get(SLOT), (Slot, ExpertMatrices)):
+        if _owner_of(module._modules.get(SLOT)) is state:
             unbind(module)
             delattr(module, SLOT)
-        _remove_hooks(module)
+    for module in state.model.modules():
+        remove_hooks(module)
     for name, size in state.chunk_sizes.items():
-        state.model.get_submodule(name).chunk_size_feed_forward = size  # type: ignore[assignment]
+        still = [other for other in states_of(state.model) if _has_sites_below(other, name)]
+        if still:
+            still[0].chunk_sizes[name] = size
+        else:
+            state.model.get_submodule(name).chunk_size_feed_forward = size  # type: ignore[assignment]
+
+
+def _owner_of(carried: nn.Module | None) -> State | None:
+    """Whose adapters a layer or a module of experts carries."""
+    if isinstance(carried, ExpertMatrices):
+        carried = next(carried.matrices())._modules.get(SLOT)
+    return carried.state if isinstance(carried, Slot) else None
 
 
 def leave(state: State) -> None:
-    """Undo `install`, and let train what trained in the bare model. What came after attach() stays, as a new head."""
+    """Undo `install`, and let train what trained in the bare model. What came after attach() stays, as a new head.
+
+    While other attachments are there, the bare model stays frozen, and so does what this one trained beside itself.
+    """
+    own = state.train
     remove(state)
+    others = states_of(state.model)
     for name, parameter in state.model.named_parameters():
-        if name in state.trained_before:
+        if others:
+            if is_beneath(name, own):
+                parameter.requires_grad_(False)
+        elif name in state.trained_before:
             parameter.requires_grad_(state.trained_before[name])
 
 
@@ -100,9 +120,13 @@ def _compute_rows_whole(state: State) -> None:
     """
     for name, module in state.model.named_modules():
         size = getattr(module, "chunk_size_feed_forward", 0)
-        if size and any(site.name.startswith(f"{name}." if name else "") for site in state.sites):
+        if size and _has_sites_below(state, name):
             state.chunk_sizes[name] = size
             module.chunk_size_feed_forward = 0
+
+
+def _has_sites_below(state: State, name: str) -> bool:
+    return any(site.name.startswith(f"{name}." if name else "") for site in state.sites)
 
 
 def bind(module: nn.Module) -> None:
@@ -134,7 +158,7 @@ def _adapted_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
     forward = runtime.forward
     if forward is None:
         return _without_forward(functools.partial(_adapted_forward, module), slot, x, more, kwargs)
-    beside = _is_table(slot, forward, x)
+    beside = is_table(slot, forward, x)
     if not forward.settings.enabled or (beside and slot.by_row):
         return _frozen_forward(module, x, *more, **kwargs)
     if not slot.has_run and not torch.compiler.is_compiling():
@@ -245,56 +269,3 @@ def _tasks_of_tokens(x: Tensor, slot: Slot, forward: Forward) -> Tensor | None:
     sets = slot.context.task_sets(arranged.x.shape[0])
     shape = arranged.x.shape[:-1]
     return arranged.restore(sets.view(shape[0], *(1,) * (len(shape) - 1), -1).expand(*shape, -1))
-
-
-# ---------------------------------------------------------------------- tables of positions
-
-
-def position_readers(model: nn.Module, sites: Sequence[LinearSite]) -> list[nn.Module]:
-    """Attention modules that send their table of relative positions through the same projections as the rows.
-
-    DeBERTa v2 does. The table belongs to no row, so an update that depends on the row leaves it frozen.
-    """
-    parents: dict[str, set[str]] = {}
-    for site in sites:
-        parent, _, last = site.carrier.rpartition(".")
-        parents.setdefault(parent, set()).add(last)
-    modules = [(model.get_submodule(name), adapted) for name, adapted in sorted(parents.items())]
-    return [
-        module
-        for module, adapted in modules
-        if getattr(module, "relative_attention", False) and code_of(module).also_of_positions & adapted
-    ]
-
-
-def _is_table(slot: Slot, forward: Forward, x: Tensor) -> bool:
-    rows = forward.tables.get(slot.parent) if forward.tables else None
-    return rows is not None and all(x is not tensor for tensor in rows)
-
-
-def _note_rows(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell the projections of this attention which inputs are rows of the batch."""
-    forward, name = _forward_of(attention)
-    if forward is not None:
-        rows = (args[0] if args else kwargs["hidden_states"], kwargs.get("query_states"))
-        forward.tables[name] = tuple(tensor for tensor in rows if tensor is not None)
-
-
-def _forget_rows(attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    forward, name = _forward_of(attention)
-    if forward is not None:
-        forward.tables.pop(name, None)
-
-
-def _forward_of(attention: nn.Module) -> tuple[Forward | None, str]:
-    slot = next(child.moepeft for child in attention.children() if hasattr(child, SLOT))
-    assert isinstance(slot, Slot)
-    return slot.context.runtime.forward, slot.parent
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for registered in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in registered.items() if hook in (_note_rows, _forget_rows)]:
-            registered.pop(key)
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterFileError
 from .shards import whole
-from .state import SLOT
+from .sites import SLOT
 
 _MATRICES, _VALUES = 64, 4
 _STEP = 2654435761  # Knuth's multiplicative hash: positions far apart in a matrix of any size

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from . import heads, identity
 from .errors import MissingRouting, NotMergeable
 from .fused import ExpertMatrix
-from .hooks import bind, leave, position_readers, unbind
+from .hooks import bind, leave, unbind
+from .positions import position_readers
 from .protocols import Mergeable
 from .shards import is_sharded
 from .sites import LinearSite

@@ -19,6 +19,8 @@ from .fused import Fused, expert_shapes, fused_parameters
 from .reading import below, code_of, names_in_order, weights_read
 from .roles import Role, Shape, Stream, networks_of, roles_of, stack_of, stream_of
 
+SLOT = "moepeft"
+"""Name of the child module by which an adapted layer carries its adapter."""
 _GATE = re.compile(r"(^|[._])(gate|router)(\.classifier)?$")
 
 
@@ -93,6 +95,11 @@ def by_reason(left_out: Iterable[LeftOut]) -> list[str]:
 SitePattern = str | Iterable[str] | Callable[[LinearSite], bool]
 
 
+def is_ours(name: str) -> bool:
+    """Whether a module or tensor of that name belongs to adapters, and not to the bare model."""
+    return SLOT in name.split(".")
+
+
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear layer, None for any other module.
 
@@ -123,7 +130,7 @@ def survey(model: nn.Module) -> tuple[tuple[LinearSite, ...], tuple[LeftOut, ...
     Raises:
         Unsupported: the model carries adapters of the peft package.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if not is_ours(name)}
     read, of_positions = _as_code_says(model, modules)
     lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     shapes: list[Shape] = []
@@ -234,7 +241,7 @@ def _nothing(pattern: object, sites: Sequence[LinearSite]) -> str:
 def _in_order(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[str]:
     """Names in the order of the calls; a module that has several names under its first registered one."""
     names = {id(module): name for name, module in modules.items()}
-    called = (names[id(model.get_submodule(name))] for name in names_in_order(model))
+    called = (names[id(model.get_submodule(name))] for name in names_in_order(model) if not is_ours(name))
     yield from dict.fromkeys(called)
 
 

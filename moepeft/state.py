@@ -18,9 +18,8 @@ from .errors import Unsupported
 from .protocols import AdapterFactory
 from .runtime import Runtime
 from .shards import laid_out
-from .sites import LeftOut, LinearSite
+from .sites import SLOT, LeftOut, LinearSite
 
-SLOT = "moepeft"
 ENTRY = "moepeft_entry"
 
 
@@ -53,6 +52,7 @@ class State:
 
     Attributes:
         model: the adapted model.
+        number: tells the attachments of one model apart.
         factory: the method's configuration.
         sites: the adapted layers, in registration order.
         shared: the module that all sites own together, if the method has one.
@@ -82,11 +82,17 @@ class State:
         train_per_task: tuple[str, ...] = (),
     ) -> None:
         self.model = model
-        self.factory = factory
+        neighbours = states_of(model)
+        self.number: int = 1 + max((state.number for state in neighbours), default=-1)
+        self.factory: AdapterFactory = factory
         self.sites = sites
         self.shared = shared
         self.runtime = Runtime()
-        self.trained_before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.trained_before: dict[str, bool] = (
+            neighbours[0].trained_before
+            if neighbours
+            else {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        )
         self.kept: dict[str, Tensor] | None = None
         self.base: dict[str, Any] | None = None
         self.merged_task: int | None = None
@@ -98,6 +104,11 @@ class State:
         self.train_per_task = train_per_task
         self.uses_checked = False
         self.chunk_sizes: dict[str, int] = {}
+
+    @property
+    def neighbours(self) -> list[State]:
+        """Of the model's other attachments."""
+        return [state for state in states_of(self.model) if state is not self]
 
     @property
     def merged(self) -> bool:
@@ -160,6 +171,17 @@ class State:
             load_module(module, {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)})
 
 
+def entries_of(module: nn.Module) -> tuple[Entry, ...]:
+    """What a module carries whose call may begin a forward: one entry for each attachment."""
+    entries: tuple[Entry, ...] = vars(module).get(ENTRY, ())
+    return entries
+
+
+def states_of(model: nn.Module) -> list[State]:
+    """Of all attachments of a model, in the order in which they came."""
+    return [entry.state for entry in entries_of(model) if entry.state.model is model]
+
+
 def path_of(site: LinearSite) -> str:
     """Where the module of a site stands in an adapted model."""
     fused = site.fused
@@ -181,13 +203,13 @@ def _named(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 class Entry(NamedTuple):
-    """What a module whose call may begin a forward carries.
+    """What a module whose call may begin a forward carries, for one attachment.
 
     Attributes:
         state: of the model.
         call_names: names of the positional arguments of its forward.
         part: what it is a part of.
-        kept: `forward` and `generate` as another library had bound them before.
+        kept: `forward` and `generate` as another library had bound them before; what counts is the first entry's.
         adapters: site name -> adapter, of the sites below the module.
     """
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .errors import AdapterFileError, NoMatchingSite, did_you_mean
 from .files import check_values, read_tensors
 from .shards import laid_out
-from .sites import LinearSite
-from .state import SLOT, State
+from .sites import LinearSite, is_ours
+from .state import State
 
 TRAINED = "trained.safetensors"
 _WITH_LABELS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
@@ -40,7 +40,9 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise NoMatchingSite(f"train={names!r} is one string: give a list of names of modules, train=[{names!r}]")
     modules = {
-        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+        name: module
+        for name, module in model.named_modules()
+        if name and not is_ours(name) and any(True for _ in module.parameters())
     }
     found: dict[str, None] = {}
     for wanted in names:
@@ -106,16 +108,31 @@ def _is_adapted(name: str, sites: Iterable[LinearSite]) -> bool:
 
 def find_others(state: State) -> dict[str, nn.Parameter]:
     """The trainable parameters that are no adapters, by name."""
-    return {
+    trainable = {
         name: parameter
         for name, parameter in state.model.named_parameters()
-        if parameter.requires_grad and SLOT not in name.split(".")
+        if parameter.requires_grad and not is_ours(name)
     }
+    neighbours = state.neighbours
+    if not neighbours:
+        return trainable
+    # What nobody named by `train` belongs to the attachment that came first.
+    first = state.number < min(other.number for other in neighbours)
+    own, theirs = _named(state), [name for other in neighbours for name in _named(other)]
+    return {
+        name: parameter
+        for name, parameter in trainable.items()
+        if is_beneath(name, own) or (first and not is_beneath(name, theirs))
+    }
+
+
+def _named(state: State) -> tuple[str, ...]:
+    return (*state.train, *state.train_per_task)
 
 
 def owners(state: State) -> tuple[str, ...]:
     """Names of the modules that train beside the adapters: those that `train` named, and others' that were unfrozen."""
-    named = (*state.train, *state.train_per_task)
+    named = _named(state)
     others = (name.rpartition(".")[0] for name in find_others(state))
     return (*named, *dict.fromkeys(name for name in others if not is_beneath(name, named)))
 
@@ -127,8 +144,7 @@ def find_values(state: State) -> dict[str, Tensor]:
     buffers = {
         name: buffer
         for name, buffer in state.model.named_buffers()
-        if SLOT not in name.split(".")
-        and (name.rpartition(".")[0] in owners or is_beneath(name, (*state.train, *state.train_per_task)))
+        if not is_ours(name) and (name.rpartition(".")[0] in owners or is_beneath(name, _named(state)))
     }
     kept = state.model.state_dict() if buffers else {}
     return {**others, **{name: buffer for name, buffer in buffers.items() if name in kept}}

@@ -20,8 +20,7 @@ from moepeft.bridges.peft_checkpoints import fan_in_fan_out, import_peft, target
 from moepeft.counting import ParameterCount
 from moepeft.errors import AlreadyAttached, MissingRouting, UnknownMethod, Unsupported, did_you_mean
 from moepeft.protocols import LinearSite
-from moepeft.sites import SitePattern, find_sites, select_sites
-from moepeft.state import SLOT
+from moepeft.sites import SLOT, SitePattern, find_sites, select_sites
 
 # Name -> configuration class and the options that make it that method.
 BASELINES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moepeft.attach import attach
-from moepeft.attachment import Attachment, attachment
+from moepeft.attach import Attachment, attach, attachment
 from moepeft.config import task_number
 from moepeft.errors import ContractError, MissingRouting, NotMergeable
 from moepeft.fast import fast_paths
