@@ -10,8 +10,8 @@ Release: TUDB-Labs/MixLoRA, commit d59d09b6 (block), TUDB-Labs/MoE-PEFT, commit 
 
 `feed_forward` is that definition over the pieces of the host's FFN. The host runs the same pieces: its inward
 projections answer with k copies of the rows, one per choice ("streams"), stacked in front of the batch; its own
-activation code carries the streams, whatever its architecture; its outward projection sums them with their weights. No
-code of the host is replaced. `moepeft.methods._fast.mixlora` says how the projections save the loop over experts.
+activation code carries the streams, and its outward projection sums them with their weights. The module
+`moepeft.methods._fast.mixlora` says how the projections save the loop over experts.
 
 Differences between paper and release (preset `released` reproduces those that change numbers):
 * the balance loss of the release pools the counts of all layers before multiplying, so that imbalances of different
@@ -288,8 +288,7 @@ class InwardAdapter(_Projection):
         """Stream j holds the rows as expert i_j of each token projects them."""
         block = ctx.site.block
         assert block is not None
-        # Routed once per FFN: its first projection does it, the second finds the choice made for the same tensor.
-        choice = ctx.of_input(block, x, lambda: self._route(block, x, ctx))
+        choice = ctx.of_input(block, x, lambda: self._route(block, x, ctx))  # once per FFN: both projections read x
         y = base(x)
         return project_in(y, self.dropout(x) if self.has_experts else x, self.pairs, choice).flatten(0, 1)
 
