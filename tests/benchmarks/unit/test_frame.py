@@ -12,6 +12,7 @@ from benchmarks.records.schema import Tuning
 from benchmarks.records.store import Store
 from benchmarks.records.trials import trial_store
 from benchmarks.reporting.build import make_tables
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.render import to_csv
 from tests.support.record_factory import PROTOCOL, TASKS, make_record
 from tests.support.tables import fill, frame_of, with_scores
@@ -28,7 +29,9 @@ def test_every_committed_table_is_a_view_of_the_frame(committed):
     folder, results = committed
     frame = results.frame()
     (group,) = results.groups()
-    tables = make_tables(frame, results.outcomes, group.protocol.reference, group.protocol.equivalence_band / 100)
+    protocol = group.protocol
+    band = protocol.equivalence_band / 100
+    tables = make_tables(frame, results.outcomes, protocol.reference, band, Endpoint.of(protocol))
     assert {table.name for table in tables} == {path.stem for path in (folder / "tables").glob("*.csv")}
     for table in tables:
         written = (folder / "tables" / f"{table.name}.csv").read_text().partition("\n")[2]
