@@ -11,23 +11,24 @@ from benchmarks.protocols.seeds import generator
 
 
 def training_order(
-    sizes: dict[str, int], *, steps: int, batch_size: int, stream: Sequence[str | int]
+    sizes: dict[str, int], *, steps: int, batch_size: int, stream: Sequence[str | int], mixed: bool = True
 ) -> Iterator[list[tuple[int, int]]]:
     """Which rows every step sees, as (task, row) positions.
 
     Every slot of every batch draws its task with probability 1/T and takes the next row of that task's own
-    shuffled stream, which is reshuffled each time it is used up.
+    shuffled stream, which is reshuffled each time it is used up. Unmixed batches draw one task for all their slots.
 
     Args:
         sizes: training rows by task name, in the order of the protocol.
         steps: number of batches.
         batch_size: rows per batch.
         stream: names of the random stream; the order depends on nothing else.
+        mixed: whether a batch holds rows of several tasks.
     """
     draws = generator(*stream, "tasks")
     rows = [_shuffled_for_ever(size, generator(*stream, "rows", name)) for name, size in sizes.items()]
     for _ in range(steps):
-        tasks = draws.integers(len(rows), size=batch_size)
+        tasks = draws.integers(len(rows), size=batch_size) if mixed else [draws.integers(len(rows))] * batch_size
         yield [(int(task), next(rows[task])) for task in tasks]
 
 

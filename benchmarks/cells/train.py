@@ -153,13 +153,16 @@ def training_batches(
         steps=protocol.steps,
         batch_size=protocol.batch_size,
         stream=names,
+        mixed=protocol.batches == "mixed",
     )
+    # Rows of several steps that are sorted together would be mixed again.
+    window = protocol.length_window if protocol.batches == "mixed" else 1
 
     def length(slot: tuple[int, int]) -> int:
         return tasks[slot[0]].train[slot[1]].length
 
     def prepared() -> Iterator[tuple[list[tuple[int, Row]], Batch]]:
-        for slots in sorted_within_windows(order, length, window=protocol.length_window, stream=names):
+        for slots in sorted_within_windows(order, length, window=window, stream=names):
             rows = [(task, tasks[task].train[index]) for task, index in slots]
             yield rows, family.training_batch(rows).to(device)
 

@@ -47,6 +47,8 @@ class Training:
     """Optimiser steps."""
     batch_size: int | None = None
     """Rows per step."""
+    batches: Literal["mixed", "single"] | None = None
+    """single: every training batch holds rows of one task, as methods that route by the batch expect them."""
     learning_rate: float | None = None
     """Peak learning rate."""
     tune: tuple[float, ...] | Literal["none"] | None = None
@@ -134,6 +136,7 @@ def resolve_suite(options: Options) -> Suite:
         backbone=options.backbone,
         steps=options.steps,
         batch_size=options.batch_size,
+        batches=options.batches,
         learning_rate=options.learning_rate,
         reference=options.reference,
         pooling=options.pooling,

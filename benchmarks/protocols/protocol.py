@@ -49,6 +49,7 @@ class Protocol(Frozen):
     unwritten = frozenset(
         {
             "averaging",
+            "batches",
             "checkpoint_rows",
             "checkpoints",
             "endpoint",
@@ -121,6 +122,9 @@ class Protocol(Frozen):
         default=0.0, description="every dropout rate of the backbone; None: as its configuration has them"
     )
 
+    batches: Literal["mixed", "single"] = Field(
+        default="mixed", description="of training: every row draws its task, or every batch draws one for all its rows"
+    )
     length_window: PositiveInt = Field(
         default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
     )

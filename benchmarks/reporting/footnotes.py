@@ -37,6 +37,8 @@ def _protocol_line(group: Group) -> str:
     seeds = sorted({record.cell.seed for record in group.records})
     parts = [f"Protocol {group.label}", f"backbone {protocol.backbone}"]
     parts.append(f"{protocol.steps:,} steps of {protocol.batch_size:,} rows")
+    if protocol.batches == "single":
+        parts.append("each training batch of one task")
     if protocol.train_rows is not None:
         parts.append(f"trained on at most {protocol.train_rows:,} rows per task")
     if protocol.test_rows is not None:

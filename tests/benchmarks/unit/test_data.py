@@ -143,6 +143,9 @@ def test_every_epoch_of_a_task_sees_each_row_once():
 
 def test_tasks_are_drawn_with_equal_probability_whatever_their_size():
     sizes = {"small": 3, "large": 5000, "middle": 100}
+    single = list(training_order(sizes, steps=50, batch_size=8, stream=("t", 1), mixed=False))
+    assert {len({task for task, _ in batch}) for batch in single} == {1}
+    assert {batch[0][0] for batch in single} == set(range(len(sizes)))
     order = training_order(sizes, steps=500, batch_size=32, stream=("t", 1))
     counts = np.bincount([task for batch in order for task, _ in batch])
     assert counts.sum() == 500 * 32
