@@ -205,6 +205,23 @@ def check(state: State, task: int | None) -> None:
         raise MissingRouting(f"{state.factory.name} has the same update for all tasks: call merge() without task")
 
 
+def frozen_weight(state: State, site: LinearSite) -> Tensor:
+    """The weight of an adapted layer as (out_features, in_features).
+
+    Raises:
+        NotMergeable: it is quantised, merged, or belongs also to positions, which the update leaves alone.
+    """
+    if state.merged:
+        raise NotMergeable("the adapters are merged already: call unmerge() first")
+    if not state.factory.capabilities.adapts_positions and position_readers(state.model, state.sites):
+        raise NotMergeable(
+            "the adapted projections also read a table of relative positions (DeBERTa), which the update leaves "
+            "alone: leave the query and key projections out of `sites`"
+        )
+    weight = _weight(state.layer(site), site)
+    return weight.T if _is_transposed(state.layer(site)) else weight
+
+
 def _merged_weight(state: State, site: LinearSite, task: int | None) -> Tensor:
     module = state.layer(site)
     weight = _weight(module, site)

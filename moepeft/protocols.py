@@ -84,6 +84,20 @@ class LoRAShaped(Protocol):
 
 
 @runtime_checkable
+class RoutedUpdate(Protocol):
+    """An adapter whose input chooses its update, fixed once its routing is. Optional; exports for a routing."""
+
+    def fixed_update(self, gates: Tensor, weight: Tensor) -> Tensor:
+        """The update W - W0 of shape (out_features, in_features) where every forward is routed alike.
+
+        Args:
+            gates: the weight of every expert, (experts,), as the statistic ``gates`` gives it.
+            weight: the frozen W0.
+        """
+        ...
+
+
+@runtime_checkable
 class Stepping(Protocol):
     """An adapter that changes itself after every optimiser step, as one that balances its experts without a loss.
 

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from moepeft import merging
 from moepeft.attach import Attachment, attach
-from moepeft.bridges.low_rank import Factors, factorise
+from moepeft.bridges.low_rank import Factors, factorise, truncate
 from moepeft.config import task_number
-from moepeft.errors import AdapterFileError, MoepeftError, Unsupported
+from moepeft.errors import AdapterFileError, MoepeftError, NotMergeable, Unsupported
 from moepeft.files import check_values, read_json, read_tensors, replacing, write_tensors
 from moepeft.methods.lora import LoRA
-from moepeft.protocols import LinearSite
+from moepeft.protocols import LinearSite, RoutedUpdate
 from moepeft.sites import find_sites
+from moepeft.trained import owners
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +72,12 @@ class Export:
 
 
 def export_lora(
-    attachment: Attachment, folder: str | Path, *, task: int | None = None, rank: int | None = None
+    attachment: Attachment,
+    folder: str | Path,
+    *,
+    task: int | None = None,
+    rank: int | None = None,
+    gates: Tensor | None = None,
 ) -> Export:
     """Write a checkpoint that ``peft.PeftModel.from_pretrained(base, folder)`` loads.
 
@@ -83,24 +89,29 @@ def export_lora(
         folder: where to write; made if need be.
         task: which task's update; needed by methods that route by task, refused by those that do not.
         rank: of every site; None for as many terms as each update has.
+        gates: one routing that is taken as fixed, for a method whose input chooses it (TuckA): the weight of every
+            expert, as `Attachment.recording` collects it under ``gates``. The checkpoint answers as the adapters do
+            wherever they route so, and otherwise where they do not.
 
     Returns:
         Ranks and relative errors of the sites. Where something was cut, the worst site is logged as a warning.
 
     Raises:
         PeftMissing: `peft` is not installed.
-        NotMergeable: the update depends on the input.
+        NotMergeable: the update depends on the input, and no fixed routing makes it a change of weights.
         MissingRouting: `task` is missing, or given to a method that knows no tasks.
         Unsupported: fused experts carry adapters.
     """
     peft = import_peft()
-    merging.check(attachment.state, task)
     if any(site.fused for site in attachment.sites):
         raise Unsupported(
             "adapters of fused experts have no form in a LoRA checkpoint that servers read: call merge() and save the "
             "whole model, or leave 'experts' out of `sites`"
         )
-    factors = {site.name: factorise(attachment.adapters[site.name], task, rank) for site in attachment.sites}
+    factors = _of_task(attachment, task, rank) if gates is None else _of_routing(attachment, gates, rank)
+    beside = owners(attachment.state)
+    if beside:
+        _LOG.warning("%s: %s trained beside the adapters; a LoRA has no place for them", folder, ", ".join(beside))
     export = Export(
         Path(folder),
         {name: pair.rank for name, pair in factors.items()},
@@ -116,6 +127,33 @@ def export_lora(
     if error:
         _LOG.warning("%s: rank %s cuts off %.2g of the update of %s, the worst site", folder, rank, error, site)
     return export
+
+
+def _of_task(attachment: Attachment, task: int | None, rank: int | None) -> dict[str, Factors]:
+    adapters = attachment.adapters
+    if all(isinstance(adapter, RoutedUpdate) for adapter in adapters.values()):
+        why = attachment.factory.capabilities.not_mergeable
+        raise NotMergeable(
+            f"{attachment.factory.name} cannot be exported as it stands: {why}. For one routing it can: "
+            "export_lora(..., gates=...) with the `gates` that recording() collects"
+        )
+    merging.check(attachment.state, task)
+    return {name: factorise(adapter, task, rank) for name, adapter in adapters.items()}
+
+
+def _of_routing(attachment: Attachment, gates: Tensor, rank: int | None) -> dict[str, Factors]:
+    state, factors = attachment.state, {}
+    for site in attachment.sites:
+        adapter = attachment.adapters[site.name]
+        if not isinstance(adapter, RoutedUpdate):
+            raise NotMergeable(
+                f"{attachment.factory.name} has no update for a fixed routing: "
+                + (attachment.factory.capabilities.not_mergeable or "it exports as it stands, without gates")
+            )
+        with torch.no_grad():
+            update = adapter.fixed_update(gates.detach().reshape(-1), merging.frozen_weight(state, site))
+        factors[site.name] = truncate(update, rank)
+    return factors
 
 
 def export_all_tasks(

@@ -73,10 +73,7 @@ class TuckA(MethodConfig):
     """
 
     name: ClassVar[str] = "tucka"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "published": {},
-        **PRESETS,
-    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}, **PRESETS}
     recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "kaiming": {"centroids": "kaiming"},
@@ -300,6 +297,10 @@ class TuckAAdapter(nn.Module):
         self.factor = nn.Parameter(uniform((site.in_features, r), site.in_features**-0.5))
         self.mixing = nn.Parameter(uniform((t, p), t**-0.5))
         self._router = (router,)  # in a tuple: the router is registered once, elsewhere
+
+    def fixed_update(self, gates: Float[Tensor, "g"], weight: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """alpha W0 T^T, since base(x + alpha x T) = x (W0 + alpha W0 T^T)^T + b where T is the same for every x."""
+        return _fast.fixed_update(self.factors(), gates, weight, self.alpha)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output for the corrected input."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moepeft.errors import ConfigError
 from moepeft.ops.linear import add_linear, computing_type
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
@@ -57,3 +58,12 @@ def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
         of_sites = together.apart(experts.flatten(1, 2).to(kind), order)
     matrices = dict(zip(order, of_sites, strict=True))
     return [(ready[number], matrices[number]) for number in range(len(factors))]
+
+
+def fixed_update(factors: Factors, gates: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """alpha W0 T^T for the T of these gates, (experts,): the update of W0 where every input is routed alike."""
+    U, experts = make_ready([factors], alpha)[0]
+    if gates.shape != experts.shape[:1]:
+        raise ConfigError(f"TuckA: gates of shape {tuple(gates.shape)}, wanted ({len(experts)},): groups times experts")
+    M = torch.unflatten(gates.to(experts) @ experts, -1, (U.shape[1], -1))
+    return (weight.to(U) @ U @ M.T) @ U.T

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moepeft
 from moepeft.bridges.peft_checkpoints import export_lora
-from moepeft.errors import MissingRouting, NotMergeable
+from moepeft.errors import ConfigError, MissingRouting, NotMergeable
 from tests.support.hosts import HOSTS, batch, build, output
 
 METHODS = ["lora", "moelora", "more", "ept"]
@@ -145,3 +145,34 @@ def test_a_merge_that_fails_changes_no_weight(keep: bool) -> None:
     assert not adapters.merged
     adapters.detach()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("host", ["bert", "gpt2"])
+def test_tucka_is_exported_for_one_routing(host: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapters, _ = adapted("tucka", host)
+    inputs = batch(adapters.model)
+    with adapters.recording() as stats:
+        expected = routed(adapters, inputs, None)
+    gates = stats[adapters.sites[0].name]["gates"]
+    export = export_lora(adapters, tmp_path, gates=gates)
+    assert max(export.ranks.values()) <= adapters.factory.rank
+    loaded = peft.PeftModel.from_pretrained(build(host), tmp_path)
+    assert torch.allclose(output(loaded, inputs), expected, atol=1e-5, rtol=1e-5)
+    with adapters.disabled():
+        bare = routed(adapters, inputs, None)
+    assert not torch.allclose(bare, expected, atol=1e-4)
+    export_lora(adapters, tmp_path / "none", gates=0 * gates)
+    idle = peft.PeftModel.from_pretrained(build(host), tmp_path / "none")
+    assert torch.allclose(output(idle, inputs), bare, atol=1e-6)
+    with pytest.raises(NotMergeable, match="gates="):
+        export_lora(adapters, tmp_path)
+    with pytest.raises(ConfigError):
+        export_lora(adapters, tmp_path, gates=torch.ones(3))
+
+
+def test_mixlora_says_why_no_routing_makes_it_a_lora(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    adapters = moepeft.attach(build("llama"), moepeft.method("mixlora"))
+    with pytest.raises(NotMergeable, match="every token has its own experts"):
+        export_lora(adapters, tmp_path, gates=torch.ones(8))
