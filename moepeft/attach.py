@@ -60,7 +60,7 @@ def attach(
     neighbours = _neighbours(model)
     along, per_task = find_modules(model, train or ()), find_modules(model, train_per_task)
     if per_task:
-        heads.check(factory)
+        heads.check(model, per_task, factory)
     whole = (*along, *per_task)
     found, unreachable = survey(model)
     wanted = tuple(site for site in select_sites(found, sites, exclude) if not is_beneath(site.name, whole))

@@ -34,8 +34,8 @@ class Heads(nn.ModuleList):
         self.context = SiteContext(state.runtime, LinearSite(name, 0, 0))
 
 
-def check(factory: AdapterFactory) -> None:
-    """Whether the method knows which tasks there are.
+def check(model: nn.Module, modules: Iterable[str], factory: AdapterFactory) -> None:
+    """Whether the method knows which tasks there are, and no other library answers the modules' calls.
 
     Raises:
         Unsupported: it does not.
@@ -45,6 +45,9 @@ def check(factory: AdapterFactory) -> None:
             f"train_per_task needs a method that routes by task, and {factory.name} does not: take one that does, such "
             "as lora-per-task, or name the modules in train"
         )
+    for name in modules:
+        if "forward" in vars(model.get_submodule(name)):
+            raise Unsupported(f"the forward of {name!r} was replaced by another library: its head cannot be per task")
 
 
 def install(state: State) -> None:
@@ -52,8 +55,6 @@ def install(state: State) -> None:
     number = task_number(state.factory)
     for name in state.train_per_task:
         module = state.model.get_submodule(name)
-        if "forward" in vars(module):
-            raise Unsupported(f"the forward of {name!r} was replaced by another library: its head cannot be per task")
         setattr(module, HEADS, Heads(module, name, number or 0, state))
     bind(state)
 

@@ -49,26 +49,38 @@ def check(model: nn.Module, saved: Mapping[str, Any], folder: Path, *, any_base:
         )
     if any_base:
         return
-    own = dict(model.named_parameters())
+    own, new = dict(model.named_parameters()), find_new(model)
     try:
-        different = [name for name, sample in saved["samples"].items() if not _agrees(own.get(name), sample)]
+        samples = {name: sample for name, sample in saved["samples"].items() if name not in new}
+        different = [name for name, sample in samples.items() if not _agrees(own.get(name), sample)]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise AdapterFileError(f"{folder}: the description of the base model is damaged: {error!r}") from error
     if different:
         raise AdapterFileError(
             f"{folder} was made on a base model ({saved.get('id') or 'without a name'}) with other weights: "
-            f"{len(different)} of {len(saved['samples'])} sampled matrices differ, {different[0]!r} for one. Load that "
+            f"{len(different)} of {len(samples)} sampled matrices differ, {different[0]!r} for one. Load that "
             "base, or pass any_base=True if the adapters shall serve on this one"
         )
 
 
+def find_new(model: nn.Module) -> set[str]:
+    """Names of parameters that no checkpoint had, where transformers read one; it marks those that it read."""
+    marks = {name: getattr(value, "_is_hf_initialized", False) for name, value in model.named_parameters()}
+    return (
+        {name for name, marked in marks.items() if not marked and SLOT not in name.split(".")}
+        if any(marks.values())
+        else set()
+    )
+
+
 def _sampled(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Some frozen matrices with values, spread evenly over the model."""
+    """Some frozen matrices with values, spread evenly over the model. What no checkpoint had is not the base's."""
+    new = find_new(model)
     matrices = [
         (name, parameter)
         for name, parameter in model.named_parameters()
         if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point() and not parameter.is_meta
-        if SLOT not in name.split(".") and name not in trained
+        if SLOT not in name.split(".") and name not in trained and name not in new
     ]
     step = max(1, -(-len(matrices) // _MATRICES))
     yield from matrices[::step]

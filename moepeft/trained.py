@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import AdapterFileError, NoMatchingSite, did_you_mean
+from .errors import AdapterFileError, NoMatchingSite, Unsupported, did_you_mean
 from .files import check_values, read_tensors
+from .identity import find_new
 from .shards import laid_out
 from .sites import LinearSite, is_ours
 from .state import State
@@ -36,6 +37,7 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
 
     Raises:
         NoMatchingSite: no module with parameters has such a name.
+        Unsupported: its weights are quantised.
     """
     if isinstance(names, str):
         raise NoMatchingSite(f"train={names!r} is one string: give a list of names of modules, train=[{names!r}]")
@@ -52,6 +54,9 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
                 f"train names {wanted!r}, but no module with parameters has that name or that last component: give a "
                 f"name of model.named_modules().{did_you_mean(wanted, (name for name, _ in model.named_children()))}"
             )
+        for name in matching:
+            if not all(parameter.is_floating_point() for parameter in modules[name].parameters()):
+                raise Unsupported(f"train names {name!r}, whose weights are quantised and cannot train: leave it out")
         found.update(dict.fromkeys(matching))
     return tuple(found)
 
@@ -80,10 +85,11 @@ def warn_of_new_heads(state: State, *, asked: bool) -> None:
         if state.trained_before.get(name) and not parameter.requires_grad
         if not _is_adapted(name, state.sites) and not is_beneath(name, state.train_per_task)
     ]
-    read = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
+    unread = find_new(model)
     body = f"{getattr(model, 'base_model_prefix', '')}."
+    read = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
     if read:
-        new = [name for name, parameter in frozen if not getattr(parameter, "_is_hf_initialized", False)]
+        new = [name for name, _ in frozen if name in unread]
     elif not asked and _WITH_LABELS.search(type(model).__name__):
         new = [name for name, _ in frozen if not name.startswith(body)]
     else:

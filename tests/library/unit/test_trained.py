@@ -129,6 +129,19 @@ def test_a_new_head_left_frozen_is_named(tmp_path: Path) -> None:
         moepeft.attach(BertForSequenceClassification(config()), lora, sites=["query", "classifier"])
 
 
+def test_what_no_checkpoint_had_is_not_the_bases(tmp_path: Path) -> None:
+    """The pooler of a base saved without one is drawn anew at every reading, and adapters go on fitting."""
+    BertModel(config(), add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match=r"bert\.pooler\.dense"):
+        adapters = moepeft.attach(model, moepeft.method("lora", rank=2), train=["classifier"])
+    adapters.save(tmp_path / "saved")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert not torch.equal(again.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    with pytest.warns(UserWarning, match=r"bert\.pooler\.dense"):
+        moepeft.load(again, tmp_path / "saved")
+
+
 def per_task(tmp_path: Path) -> tuple[BertForSequenceClassification, moepeft.Attachment, Tensor]:
     """A model whose three tasks have heads of their own, all away from their start."""
     BertModel(config(hidden_dropout_prob=0.0)).save_pretrained(tmp_path / "base")
