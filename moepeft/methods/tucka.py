@@ -77,10 +77,8 @@ class TuckA(MethodConfig):
     recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
     ablations: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "kaiming": {"centroids": "kaiming"},
-        "groups_1": {"groups": 1},
-        "groups_4": {"groups": 4},
-        "experts_1": {"experts": 1},
-        "experts_4": {"experts": 4},
+        **{f"groups_{number}": {"groups": number} for number in (1, 4)},
+        **{f"experts_{number}": {"experts": number} for number in (1, 4)},
     }
     sizes: ClassVar[tuple[str, ...]] = ("rank", "shared_rank")
 
