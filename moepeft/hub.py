@@ -66,7 +66,7 @@ def model_card(state: State, repo_id: str, tasks: Sequence[str] = (), record: Ma
         tasks: names in the order of the task ids; none: numbers.
         record: a run of the benchmark, as its JSON file holds it: ``scores`` by task.
     """
-    factory, base = state.factory, state.base or describe(state.model, of_no_base(state))
+    factory, base = state.factory, state.base or describe(state.model, of_no_base(state.model))
     # A path of this machine says nothing to who reads the card.
     known = base["id"] if base["id"] and _ID.fullmatch(base["id"]) and not Path(base["id"]).exists() else None
     number = task_number(factory) if factory.capabilities.routing == "task" else None

@@ -37,8 +37,17 @@ def describe(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Any]:
     }
 
 
-def check(model: nn.Module, saved: Mapping[str, Any], folder: Path, *, any_base: bool) -> None:
-    """Whether `model` is the base that `describe` saw, `any_base` whether one of its class is enough.
+def check(
+    model: nn.Module, saved: Mapping[str, Any], folder: Path, changed: Collection[str] = (), *, any_base: bool
+) -> None:
+    """Whether `model` is the base that `describe` saw.
+
+    Args:
+        model: the base, bare or with attachments.
+        saved: what `describe` gave.
+        folder: where that stands.
+        changed: names of parameters that attachments have changed since.
+        any_base: whether a base of the same class is enough.
 
     Raises:
         AdapterFileError: it is not, or the description is damaged.
@@ -49,9 +58,9 @@ def check(model: nn.Module, saved: Mapping[str, Any], folder: Path, *, any_base:
         )
     if any_base:
         return
-    own, new = dict(model.named_parameters()), find_new(model)
+    own, ignored = dict(model.named_parameters()), {*find_new(model), *changed}
     try:
-        samples = {name: sample for name, sample in saved["samples"].items() if name not in new}
+        samples = {name: sample for name, sample in saved["samples"].items() if name not in ignored}
         different = [name for name, sample in samples.items() if not _agrees(own.get(name), sample)]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise AdapterFileError(f"{folder}: the description of the base model is damaged: {error!r}") from error

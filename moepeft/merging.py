@@ -37,7 +37,7 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     """
     check(state, task)
     check_weights(state)
-    base = identity.describe(state.model, of_no_base(state))
+    base = identity.describe(state.model, of_no_base(state.model))
     kept: dict[str, Tensor] = {}
     for site in () if keep else state.sites:
         _merged_weight(state, site, task)  # whatever it raises, it raises before a weight has changed

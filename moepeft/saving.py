@@ -75,7 +75,7 @@ def _description(state: State) -> dict[str, Any]:
         "moepeft_version": version("moepeft"),
         "method": state.factory.name,
         "config": dataclasses.asdict(state.factory),  # type: ignore[call-overload]
-        "base": state.base or identity.describe(state.model, of_no_base(state)),
+        "base": state.base or identity.describe(state.model, of_no_base(state.model)),
         "sites": [
             {"name": site.name, "in_features": site.in_features, "out_features": site.out_features}
             for site in state.sites
@@ -99,7 +99,7 @@ def read(model: nn.Module, folder: Path, *, any_base: bool = False) -> Saved:
     """
     description = _read_description(folder)
     factory = _factory(description, folder)
-    identity.check(model, description["base"], folder, any_base=any_base)
+    identity.check(model, description["base"], folder, of_no_base(model), any_base=any_base)
     wanted = _check_sites(model, description["sites"], folder)
     train, per_task = (_check_train(model, description[key], folder) for key in ("train", "train_per_task"))
     # Sizes are compared before anything of that size is made: a file may ask for any rank.
@@ -124,7 +124,7 @@ def restore(state: State, folder: Path, *, any_base: bool = False) -> None:
                 f"{folder} holds adapters with another {key} than the model's {state.factory}: "
                 f"attach the {description['method']} that was saved there, or moepeft.load() it onto a bare model"
             )
-    identity.check(state.model, description["base"], folder, any_base=any_base)
+    identity.check(state.model, description["base"], folder, of_no_base(state.model), any_base=any_base)
     others = read_values(state.model, folder, description["trained"], {})
     check_same(state, folder, others)
     state.load_values(_read_weights(folder, state.values()))

@@ -19,7 +19,7 @@ from .files import check_values, read_tensors
 from .identity import find_new
 from .shards import laid_out
 from .sites import LinearSite, is_ours
-from .state import State
+from .state import State, states_of
 
 TRAINED = "trained.safetensors"
 _WITH_LABELS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice)")
@@ -156,10 +156,16 @@ def find_values(state: State) -> dict[str, Tensor]:
     return {**others, **{name: buffer for name, buffer in buffers.items() if name in kept}}
 
 
-def of_no_base(state: State) -> set[str]:
-    """Names of parameters that say nothing of the base: what trains, and what heads per task stand for."""
-    names = (name for name, _ in state.model.named_parameters())
-    return {*find_others(state), *(name for name in names if is_beneath(name, state.train_per_task))}
+def of_no_base(model: nn.Module) -> set[str]:
+    """Names of parameters that say nothing of the base.
+
+    They train beside the adapters of some attachment, have heads per task in their place, or are merged into.
+    """
+    found: set[str] = set()
+    for state in states_of(model):
+        changed = (*state.train_per_task, *(site.carrier for site in state.sites if state.merged))
+        found |= {*find_others(state), *(name for name, _ in model.named_parameters() if is_beneath(name, changed))}
+    return found
 
 
 def read_values(

@@ -142,6 +142,30 @@ def test_what_no_checkpoint_had_is_not_the_bases(tmp_path: Path) -> None:
         moepeft.load(again, tmp_path / "saved")
 
 
+def test_what_a_neighbour_trained_or_merged_is_not_the_bases(tmp_path: Path) -> None:
+    def base() -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        return BertForSequenceClassification(config()).eval()
+
+    model, x = base(), torch.randint(20, (4, 5))
+    one = moepeft.attach(model, moepeft.method("lora", rank=2), sites=["query"], train=["classifier"])
+    two = moepeft.attach(model, moepeft.method("lora", rank=2), sites=["value"], train=[])
+    for parameter in (*one.parameters(), *two.parameters()):
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    expected = model(x).logits
+    one.merge()
+    one.save(tmp_path / "one")
+    two.save(tmp_path / "two")
+    for order in (("one", "two"), ("two", "one")):
+        again = base()
+        for name in order:
+            moepeft.load(again, tmp_path / name)
+        assert torch.allclose(again(x).logits, expected, atol=1e-6)
+    two.detach()
+    moepeft.load(model, tmp_path / "two")  # beside a neighbour that is merged
+    assert torch.allclose(model(x).logits, expected, atol=1e-6)
+
+
 def per_task(tmp_path: Path) -> tuple[BertForSequenceClassification, moepeft.Attachment, Tensor]:
     """A model whose three tasks have heads of their own, all away from their start."""
     BertModel(config(hidden_dropout_prob=0.0)).save_pretrained(tmp_path / "base")
