@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif "library/distributed/" in path:
             exhaustive = other or host != FIRST_HOST
         elif "library/device/" in path:
-            exhaustive = host != FIRST_HOST or "runner" in item.name
+            option = "by_hand" in item.name and not str(params["label"]).endswith("@published")
+            exhaustive = host != FIRST_HOST or "runner" in item.name or option
         elif "library/architectures/" in path and params:
             architectures += 1
             exhaustive = architectures % SAMPLE != 1

@@ -1,47 +1,72 @@
-"""A site with a fault, walked as `tests.library.device.walk` does: its words are FAULT FILE."""
+"""Configurations with a fault in one site, walked on a pretended device: its words are LABEL-ENDING FILE.
+
+Writes for each configuration what the watch over the device says of each fault.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moepeft import LoRA
-from tests.library.device.walk import Walk, follow
+import moepeft
+from tests.library.device.walk import TASKS, Walk
 from tests.support.pretended_cuda import pretend
+from tests.support.variants import variants
 
 
-class Spoilt(nn.Module):
-    """LoRA's adapter, and a fault that no CPU shows."""
-
-    def __init__(self, adapter: nn.Module, fault: str) -> None:
-        super().__init__()
-        self.adapter, self.fault = adapter, fault
-
-    def forward(self, x: Tensor, base: Any, ctx: Any) -> Tensor:
-        output: Tensor = self.adapter(x, base, ctx)
-        if self.fault == "reads a value":
-            return output * (2.0 if x.sum().item() > 0 else 1.0)
-        return output + torch.zeros(output.shape[-1])
+def read_a_value(output: Tensor) -> Tensor:
+    """The host waits for the device."""
+    return output * (2.0 if output.sum().item() > 0 else 1.0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpoiltLoRA(LoRA):
-    """A method of such adapters."""
+def make_a_tensor_on_the_host(output: Tensor) -> Tensor:
+    """The sum mixes devices."""
+    return output + torch.zeros(output.shape[-1])
 
-    name: ClassVar[str] = "spoilt"
-    fault: str = ""
 
-    def build(self, site: Any, shared: Any) -> nn.Module:
-        return Spoilt(super().build(site, shared), self.fault)
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reads a value": read_a_value,
+    "makes a tensor on the host": make_a_tensor_on_the_host,
+}
+
+
+def spoil(forward: Callable[..., Tensor], fault: Callable[[Tensor], Tensor], *args: Any) -> Tensor:
+    """What the adapter computes, with a fault that no CPU shows."""
+    return fault(forward(*args))
+
+
+def find_faults(factory: moepeft.AdapterFactory) -> dict[str, dict[str, Any]]:
+    """Fault -> the error of a steady step with this fault in the first site, if any, and the waits."""
+    found: dict[str, dict[str, Any]] = {}
+    with pretend() as device:
+        walk = Walk("bert", factory)
+        walk.attach()
+        walk.step()
+        adapter = walk.adapters.adapters[walk.adapters.sites[0].name]
+        sound = adapter.forward
+        for name, fault in FAULTS.items():
+            adapter.forward = functools.partial(spoil, sound, fault)  # type: ignore[method-assign]
+            device.waits.clear()
+            error = None
+            try:
+                walk.step()
+            except RuntimeError as raised:
+                error = str(raised)
+            found[name] = {"error": error, "waits": dict(device.waits)}
+    return found
 
 
 if __name__ == "__main__":
-    with pretend() as device:
-        found = follow(Walk("bert", SpoiltLoRA(fault=sys.argv[1])), device)
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    warnings.simplefilter("ignore")
+    ending, target = sys.argv[1:]
+    chosen = {label: each for label, each in variants(TASKS).items() if label.endswith(ending)}
+    batch_first = {label: each for label, each in chosen.items() if each.capabilities.batch_first}
+    Path(target).write_text(json.dumps({label: find_faults(each) for label, each in batch_first.items()}))

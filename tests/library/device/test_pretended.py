@@ -25,6 +25,7 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[3]
 HOSTS = ("bert", "t5", "llama", "deberta")
 VARIANTS = variants(num_tasks=3)
+PUBLISHED = "@published"
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +97,20 @@ def test_the_runner_stays_on_the_device(walked: Any, backbone: str, method: str)
     assert not any(ours.values()), ours
 
 
-@pytest.mark.parametrize(("fault", "phase"), [("reads a value", "waits"), ("makes a tensor on the host", "error")])
-def test_a_fault_put_into_a_site_by_hand_is_found(tmp_path: Path, fault: str, phase: str) -> None:
-    run_device("spoilt", fault, str(tmp_path / "found.json"))
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["steady step"][phase]
+@pytest.mark.parametrize("label", [label for label, each in VARIANTS.items() if each.capabilities.batch_first])
+def test_faults_put_into_a_site_by_hand_are_found(walked: Any, label: str) -> None:
+    """In a site of every configuration: a value that is read, and a tensor that is made on the host."""
+    found = walked(PUBLISHED if label.endswith(PUBLISHED) else "", "spoilt")[label]
+    assert any("spoilt.py" in wait for wait in found["reads a value"]["waits"])
+    assert found["reads a value"]["error"] is None
+    assert "device" in found["makes a tensor on the host"]["error"]
+
+
+# Of a step at T5-base's shapes, for each adapted layer: the `peft` package's LoRA has 18.
+MOST_OPERATIONS = {"lora": 15, "mixlora": 25, "moelora": 21, "more": 26, "tucka": 30, "ept": 32}
+
+
+def test_steps_at_true_shapes_have_few_operations(tmp_path: Path) -> None:
+    run_device("operations", ",".join(MOST_OPERATIONS), str(tmp_path / "counted.json"))
+    counted = json.loads((tmp_path / "counted.json").read_text())
+    assert {method: number for method, number in counted.items() if number > MOST_OPERATIONS[method]} == {}
