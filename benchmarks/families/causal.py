@@ -47,8 +47,12 @@ class Causal(TextFamily):
         return [ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids for ids in found]
 
     def answer_ids(self, text: str) -> Tokens:
-        """The tokens with which the answer goes on after the cue, and the end."""
-        if self.tokenizer.eos_token_id is None:
+        """The tokens with which the answer goes on after the cue, and the end; a cloze answer has no end.
+
+        A model as it comes goes on after a right answer, and would be charged for not stopping.
+        """
+        cloze = self.protocol.prompt == "cloze"
+        if self.tokenizer.eos_token_id is None and not cloze:
             raise UsageError("the tokenizer has no end-of-text token: an answer could not end")
         cue, whole = (
             tuple(self.tokenizer(part, add_special_tokens=False)["input_ids"])
@@ -58,7 +62,8 @@ class Causal(TextFamily):
             raise UsageError(
                 f"the tokenizer joins {ANSWER_CUE!r} and the answer {text!r}: there is nothing to go on from"
             )
-        return (*whole[len(cue) :], self.tokenizer.eos_token_id)
+        said = whole[len(cue) :]
+        return said if cloze else (*said, self.tokenizer.eos_token_id)
 
     def room(self, answers: Sequence[Tokens]) -> int:
         """Prompt and longest answer share one sequence."""

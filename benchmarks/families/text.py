@@ -1,7 +1,7 @@
 """What the families whose answers are text share: prompts within the length limit, and reading answers.
 
 Every row has one prompt and its candidate answers, each ending in the end-of-text token: so no candidate begins
-another one, and their probabilities are those of saying this and nothing more.
+another one, and their probabilities are those of saying this and nothing more. Cloze answers alone have no end.
 """
 
 from __future__ import annotations
