@@ -13,6 +13,7 @@ from torch import Tensor
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import selectors as _fast
 from moepeft.ops.gates import top_k_gates
+from moepeft.ops.linear import at_least_twice
 
 Gates = Literal["softmax", "double_softmax", "softmax_all"]
 
@@ -47,5 +48,6 @@ def route_rows(
         tasks: of the rows.
         kind: type of what is chosen.
     """
-    chosen = [choose(F.linear(*selector)).index_select(0, tasks).to(kind) for selector in selectors]
+    logits = [F.linear(at_least_twice(table), gate, bias) for table, gate, bias in selectors]
+    chosen = [choose(each).index_select(0, tasks).to(kind) for each in logits]
     return [(each, selector.table.clone()) for each, selector in zip(chosen, selectors, strict=True)]

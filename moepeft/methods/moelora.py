@@ -36,7 +36,7 @@ from moepeft.methods._fast import moelora as _fast
 from moepeft.methods._released.moelora import RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import per_row
+from moepeft.ops.linear import at_least_twice, per_row
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -126,7 +126,7 @@ class TaskGate(nn.Module):
         """Weights of the experts; a row of several tasks has the mean of their embeddings, -1 pads."""
         alone = tasks.shape[1] == 1
         if alone:  # a product of all tasks: its last bits do not depend on the number of rows
-            embedding: Tensor = self.task_embedding
+            embedding = at_least_twice(self.task_embedding)
         else:
             present = (tasks >= 0).to(self.gate.dtype).unsqueeze(-1)
             embedding = (F.embedding(tasks.clamp(min=0), self.task_embedding) * present).sum(1) / present.sum(1)

@@ -20,6 +20,14 @@ def computing_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def at_least_twice(table: Float[Tensor, "*n rows d"]) -> Float[Tensor, "*n _ d"]:
+    """A table of one row as one of two, so that a product with it rounds as with more rows.
+
+    Libraries multiply a single row in another way, so that the last bit would tell whether a task is alone.
+    """
+    return table if table.shape[-2] > 1 else table.expand(*table.shape[:-2], 2, table.shape[-1])
+
+
 def per_row(weight: Tensor, x: Tensor) -> Tensor:
     """View a weight of shape (rows, n) so that it multiplies features of `x` (rows, ..., n) row by row."""
     return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)

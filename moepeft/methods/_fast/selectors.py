@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from moepeft.ops.linear import at_least_twice
 from moepeft.ops.together import Together, alike
 
 Selector = tuple[Tensor, Tensor, Tensor | None]
@@ -22,11 +23,12 @@ def route_rows(
     for group in alike([table.shape[1] for table, _, _ in selectors]):
         table = together.stack([selectors[number][0] for number in group], group)
         gate = together.stack([selectors[number][1] for number in group], group)
+        several = at_least_twice(table)
         biases = [bias for bias in (selectors[number][2] for number in group) if bias is not None]
         if biases:
-            logits.append(torch.baddbmm(together.stack(biases, group).unsqueeze(1), table, gate.mT))
+            logits.append(torch.baddbmm(together.stack(biases, group).unsqueeze(1), several, gate.mT))
         else:
-            logits.append(table @ gate.mT)
+            logits.append(several @ gate.mT)
         copies = table.clone() if len(selectors) == 1 else table  # one site's stack is a view of the parameter
         tables.update(zip(group, together.apart(copies, group), strict=True))
         order += group
