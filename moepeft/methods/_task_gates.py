@@ -34,7 +34,7 @@ class Selector(NamedTuple):
     bias: Float[Tensor, "experts"] | None
 
 
-@has_fast_path(_fast.route_rows)
+@has_fast_path(_fast.route_rows, compiled=False)
 def route_rows(
     selectors: Sequence[Selector], choose: Callable[[Tensor], Tensor], tasks: Int[Tensor, "rows"], kind: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
