@@ -60,12 +60,16 @@ def attached(host: str, spec: str) -> tuple[nn.Module, moepeft.Attachment]:
     model = build(host)
     torch.manual_seed(1)
     adapters = moepeft.attach(model, make(spec))
+    without_dropout(model)
+    return model.double().train(), adapters
+
+
+def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):  # attention's own
             module.dropout = 0.0
-    return model.double().train(), adapters
 
 
 def away_from_start(host: str, spec: str) -> tuple[nn.Module, moepeft.Attachment]:

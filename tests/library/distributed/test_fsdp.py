@@ -17,7 +17,16 @@ from torch.distributed.tensor import DTensor
 
 import moepeft
 from moepeft.errors import Unsupported
-from tests.library.distributed.test_ddp import HALVES, IDS, JOINT, SPECS, away_from_start, difference, make
+from tests.library.distributed.test_ddp import (
+    HALVES,
+    IDS,
+    JOINT,
+    SPECS,
+    away_from_start,
+    difference,
+    make,
+    without_dropout,
+)
 from tests.support.hosts import batch, build, output, rows_of
 
 pytestmark = [
@@ -41,6 +50,7 @@ def sharded_without_memory(spec: str, saved: Path) -> tuple[nn.Module, moepeft.A
     with torch.device("meta"):
         model = build("llama")
     adapters = moepeft.attach(model, make(spec))
+    without_dropout(model)
     shard(model.double().train(), adapters)
     model.to_empty(device="cpu")
     options = StateDictOptions(full_state_dict=True, strict=False)
