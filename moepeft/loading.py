@@ -8,7 +8,6 @@ from torch import nn
 
 from . import saving
 from .attach import Attachment, attach
-from .bridges import peft_checkpoints
 from .errors import AdapterFileError
 from .hub import find_folder
 from .trained import load_values
@@ -29,6 +28,8 @@ def load(model: nn.Module, folder: str | Path, *, any_base: bool = False) -> Att
     """
     place = find_folder(folder)
     if not (place / saving.CONFIG).exists():
+        from .bridges import peft_checkpoints  # imports a method, which `import moepeft` does not
+
         if (place / peft_checkpoints.CONFIG).exists():
             return peft_checkpoints.import_lora(model, place)
         inside = sorted(path.parent.name for path in place.glob(f"*/{saving.CONFIG}"))
