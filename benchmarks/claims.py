@@ -114,7 +114,7 @@ def _model(shape: str) -> nn.Module:
 def measure(claim: Claim) -> Counts:
     """Our count of a claim's setting, from modules."""
     factory = moepeft.method(claim.method, num_tasks=claim.tasks, **claim.fields)
-    attachment = moepeft.attach(_model(claim.shape), factory, sites=claim.sites)
+    attachment = moepeft.attach(_model(claim.shape), factory, sites=claim.sites, train=[])
     count, sites = attachment.parameter_count(), attachment.sites
     attachment.detach()
     if count.total != count.closed_form:

@@ -7,6 +7,7 @@ one `State` of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +132,7 @@ class State:
         Raises:
             Unsupported: another layer was put in its place.
         """
-        for module in (*_named(self.model, path_of(site)), *self.model.modules()):
+        for module in chain(_named(self.model, path_of(site)), self.model.modules()):  # the walk is rarely begun
             slot = module._modules.get(SLOT)
             if isinstance(slot, Slot) and slot.context.site.name == site.name:
                 return module

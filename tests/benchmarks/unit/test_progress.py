@@ -83,7 +83,7 @@ def run(method, **fields):
     )  # fmt: skip
     bench = prepare(DATA, protocol, find_backbone("tiny-bert"), torch.device("cpu"), "test")
     (planned,) = expand(protocol, (method,), DATA, (0,), trial=True)
-    record, _ = run_cell(planned, bench, lambda _: None)
+    record, _ = run_cell(planned, bench, lambda *_: None)
     assert record.status == "ok", record.reason
     return record
 

@@ -180,6 +180,7 @@ REFERENCES = {
     "f1": sklearn_metrics.f1_score,
     "matthews": sklearn_metrics.matthews_corrcoef,
     "pearson": lambda labels, predictions: scipy_stats.pearsonr(labels, predictions).statistic,
+    "skill": lambda prior, own: 1 - own.mean() / prior.mean(),  # of log-likelihoods, row by row
 }
 
 
