@@ -17,7 +17,7 @@ test: $(TOOLS) check  ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 -m "not slow"
 
 test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 40 -m "slow and not exhaustive"
+	OMP_NUM_THREADS=1 MOEPEFT_SHAPES=unchecked $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 40 -m "slow and not exhaustive"
 
 test-exhaustive: $(DOCS)  ## every method, preset, host and phase: an hour and more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m exhaustive
