@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests run in minutes, which in CI, and which on demand alone (`make test-exhaustive`).
 
     The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one host, and each of
-    the six methods that the benchmark began with on one more, in turn; the rest of the product is exhaustive.
+    the six methods that the benchmark began with on one more, in turn, and by definitions. The rest of the product is
+    exhaustive.
     """
     architectures = 0
     second_host = dict(zip(FIRST_METHODS, itertools.cycle(OTHER_HOSTS), strict=False))
@@ -47,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         exhaustive = False
         if "library/contract/" in path:
             named = spec.partition("@")[0]
-            if spec and host != FIRST_HOST and (other or host != second_host.get(named)):
+            elsewhere = spec and host != FIRST_HOST and (other or host != second_host.get(named))
+            by_definitions = params.get("fast", True) is False
+            if elsewhere or (by_definitions and spec not in {f"{name}@published" for name in FIRST_METHODS}):
                 item.add_marker(pytest.mark.slow)
                 exhaustive = True
         elif "library/distributed/" in path:
