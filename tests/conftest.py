@@ -54,13 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
                 exhaustive = True
         elif "library/distributed/" in path:
-            exhaustive = other or host != FIRST_HOST
+            exhaustive = other or host != FIRST_HOST or (spec != "" and spec.partition("@")[0] not in FIRST_METHODS)
         elif "library/device/" in path:
             option = "by_hand" in item.name and not str(params["label"]).endswith("@published")
             exhaustive = host != FIRST_HOST or "runner" in item.name or option
         elif "library/architectures/" in path and params:
             architectures += 1
             exhaustive = architectures % SAMPLE != 1
+        elif "test_compiles_" in path:
+            exhaustive = str(params["words"]) not in FIRST_METHODS
         if exhaustive:
             item.add_marker(pytest.mark.exhaustive)
 
