@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import signal
@@ -28,6 +29,7 @@ if os.environ.get("MOEPEFT_SHAPES", "checked") == "checked":
 
 FIRST_HOST, OTHER_HOSTS = "bert", ("llama", "t5")
 FIRST_METHODS = ("ept", "lora", "mixlora", "moelora", "more", "tucka")
+FEW_METHODS = ("ept", "lora", "mixlora", "tucka")  # of each kind of routing one, where a case takes many seconds
 SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectures` and test-exhaustive do all
 
 
@@ -36,8 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests run in minutes, which in CI, and which on demand alone (`make test-exhaustive`).
 
     The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one host, and each of
-    the six methods that the benchmark began with on one more, in turn, and by definitions. The rest of the product is
-    exhaustive.
+    the six methods that the benchmark began with on one more, in turn. The rest of the product is exhaustive.
     """
     architectures = 0
     second_host = dict(zip(FIRST_METHODS, itertools.cycle(OTHER_HOSTS), strict=False))
@@ -50,11 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             named = spec.partition("@")[0]
             elsewhere = spec and host != FIRST_HOST and (other or host != second_host.get(named))
             by_definitions = params.get("fast", True) is False
-            if elsewhere or (by_definitions and spec not in {f"{name}@published" for name in FIRST_METHODS}):
+            if elsewhere or (by_definitions and spec not in ("ept@published", "tucka@published")):
                 item.add_marker(pytest.mark.slow)
                 exhaustive = True
         elif "library/distributed/" in path:
-            exhaustive = other or host != FIRST_HOST or (spec != "" and spec.partition("@")[0] not in FIRST_METHODS)
+            exhaustive = other or host != FIRST_HOST or (spec != "" and spec.partition("@")[0] not in FEW_METHODS)
         elif "library/device/" in path:
             option = "by_hand" in item.name and not str(params["label"]).endswith("@published")
             exhaustive = host != FIRST_HOST or "runner" in item.name or option
@@ -62,9 +63,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             architectures += 1
             exhaustive = architectures % SAMPLE != 1
         elif "test_compiles_" in path:
-            exhaustive = str(params["words"]) not in FIRST_METHODS
+            exhaustive = str(params["words"]) not in FEW_METHODS
+        elif "reliability/" in path:
+            exhaustive = not any(word in path for word in ("ctrl_c", "killed", "of_the_runner", "vanishes"))
         if exhaustive:
             item.add_marker(pytest.mark.exhaustive)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imports_are_no_garbage() -> None:
+    """What was imported and collected is never freed: each full collection would walk it again, a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -109,14 +109,16 @@ def _take_turn(step: Step, device: torch.device, settle: int) -> float | Excepti
 @contextmanager
 def collecting_between_rounds() -> Iterator[None]:
     """Inside, garbage is collected when asked for only, and what was there before is not looked through again."""
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not frozen:  # what the caller froze stays frozen: there is one pool of frozen objects
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
