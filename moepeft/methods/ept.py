@@ -79,7 +79,8 @@ class EPT(MethodConfig):
         kernel_init: start of the kernels.
         seed_init: start of A and B; zero is that of B alone, and needs kernels that do not start at zero.
         seed_width: of A and B: in and out over the smallest kernel, or half of them, as the release.
-        dimension_factor: s / T, s_min / s, or none; `factor_tasks` is the T of s / T, by default `num_tasks`.
+        dimension_factor: s / T, s_min / s, or none.
+        factor_tasks: T of s / T; None: `num_tasks`.
         contrastive: coefficient of the contrastive loss.
         contrastive_sites: which sites give a term to it; the loss is their mean.
         temperature: its temperature.
