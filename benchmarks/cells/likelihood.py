@@ -10,7 +10,8 @@ With p the model's probabilities, y what is true, and a mean over the scored row
   once more than it occurs, so that none is impossible; of a row with fewer choices, among those that it has.
 * Scores: a model that gives a number m is read as the normal density of mean m and variance v. v is the mean squared
   error on the scored rows, the value that makes them most likely, and one for all rows of a task: a model is neither
-  paid nor punished for a spread that it never states. q has mean and variance of the training scores.
+  paid nor punished for a spread that it never states. q has mean and variance of the training scores. Scores count in
+  standard deviations of the training scores: a density, and with it the skill, would depend on the scale otherwise.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 from benchmarks.cells.data import TokenisedTask
 from benchmarks.records.schema import Likelihood
 
 BINS = 10
-# A mean squared error below this share of the range counts as this: the density of an exact answer has no bound.
+# A root mean squared error below this share of the range counts as this: the density of an exact answer has no bound.
 SMALLEST_ERROR = 1e-3
 
 Floats = NDArray[np.float64]
@@ -65,11 +66,10 @@ def of_candidates(task: TokenisedTask, log_probabilities: Floats, chosen: Floats
 
 def of_scores(task: TokenisedTask, predictions: Floats) -> RowLikelihoods:
     """Of numbers, by the normal density around each."""
-    low, high = task.spec.score_range
-    labels = np.array([row.label for row in task.validation])
-    smallest = (SMALLEST_ERROR * (high - low)) ** 2
-    variance = max(smallest, float(np.square(labels - predictions).mean()))
-    return RowLikelihoods(_log_normal(labels, predictions, variance), prior(task), np.full(len(labels), np.nan))
+    unit, smallest = _unit(task)
+    errors = (np.array([row.label for row in task.validation]) - predictions) / unit
+    spread = max(smallest, float(np.sqrt(np.square(errors).mean())))
+    return RowLikelihoods(_log_normal(errors, spread), prior(task), np.full(len(errors), np.nan))
 
 
 def of_prior(task: TokenisedTask, chosen: Floats) -> RowLikelihoods:
@@ -86,11 +86,8 @@ def of_prior(task: TokenisedTask, chosen: Floats) -> RowLikelihoods:
 def prior(task: TokenisedTask) -> Floats:
     """log q(y) of every scored row."""
     if task.spec.kind == "regression":
-        trained = np.array([row.label for row in task.train])
         labels = np.array([row.label for row in task.validation])
-        low, high = task.spec.score_range
-        smallest = (SMALLEST_ERROR * (high - low)) ** 2
-        return _log_normal(labels, trained.mean(), max(smallest, float(trained.var())))
+        return _log_normal((labels - np.mean([row.label for row in task.train])) / _unit(task)[0], 1.0)
     counts = Counter(int(row.label) for row in task.train)
     return np.array([_log_share(counts, int(row.label), task.candidates(row)) for row in task.validation])
 
@@ -112,6 +109,14 @@ def _log_share(counts: Mapping[int, int], answer: int, candidates: int) -> float
     return float(np.log((counts[answer] + 1) / sum(counts[other] + 1 for other in range(candidates))))
 
 
-def _log_normal(values: Floats, mean: ArrayLike, variance: float) -> Floats:
-    density: Floats = stats.norm.logpdf(values, mean, np.sqrt(variance))
+def _unit(task: TokenisedTask) -> tuple[float, float]:
+    """The standard deviation of the training scores, and the smallest error that counts, in that unit."""
+    low, high = task.spec.score_range
+    smallest = SMALLEST_ERROR * (high - low)
+    unit = max(smallest, float(np.std([row.label for row in task.train])))
+    return unit, smallest / unit
+
+
+def _log_normal(errors: Floats, spread: float) -> Floats:
+    density: Floats = stats.norm.logpdf(errors, 0, spread)
     return density

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 from benchmarks.backbones.load import find_backbone, hidden_size, load_backbone, load_tokenizer
 from benchmarks.cells.data import TokenisedTask
 from benchmarks.cells.evaluate import evaluate_majority, evaluate_model
-from benchmarks.cells.likelihood import calibration_error
+from benchmarks.cells.likelihood import calibration_error, of_scores
 from benchmarks.families import family_of
 from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import MultiTaskModel, collate
@@ -76,14 +76,23 @@ def test_likelihoods_are_those_of_the_models_own_probabilities(tasks):
     assert columns(evaluation.outcomes, "choices")["log_likelihood"] == pytest.approx(of_choices, rel=1e-4)
 
     found = columns(evaluation.outcomes, "scores")
-    errors = found["label"] - found["prediction"]
+    labels = np.array([0.5, 4, 2.5, 3])
+    errors = (found["label"] - found["prediction"]) / labels.std()
     expected = stats.norm.logpdf(errors, 0, np.sqrt(np.mean(errors**2)))
     assert found["log_likelihood"] == pytest.approx(expected)
     # The variance is the one that makes the rows most likely.
     assert all(expected.mean() > stats.norm.logpdf(errors, 0, spread).mean() for spread in (0.5, 3.0))
-    assert found["prior_log_likelihood"] == pytest.approx(
-        stats.norm.logpdf([0.5, 4, 2.5, 3], 2.5, np.std([0.5, 4, 2.5, 3]))
-    )
+    assert found["prior_log_likelihood"] == pytest.approx(stats.norm.logpdf((labels - 2.5) / labels.std()))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 1000.0])
+def test_the_skill_of_scores_does_not_depend_on_their_scale(scale):
+    labels = [0.5, 4.0, 2.5, 3.0]
+    rows = head_rows([scale * label for label in labels], [1] * 4)
+    spec = TaskSpec("scores", "regression", (), "pearson_spearman", label_range=(0.0, 5.0 * scale))
+    said = of_scores(TokenisedTask(spec, rows, rows), scale * np.array([1.0, 3.5, 2.5, 2.0]))
+    wanted = 1 - (0.5 * np.log(2 * np.pi * np.e * 0.375 / np.var(labels))) / (0.5 * np.log(2 * np.pi * np.e))
+    assert said.summary(np.full(4, np.nan)).skill == pytest.approx(wanted)
 
 
 def test_the_prior_has_no_skill(tasks):
