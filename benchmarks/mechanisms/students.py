@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
+from benchmarks.cells.averaging import WeightAverage
 from benchmarks.mechanisms.teachers import FeedForward, Teacher
 from moepeft import AdapterFactory, Attachment
 
@@ -100,7 +101,7 @@ def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: fl
     torch.manual_seed(seed)
     host = copy.deepcopy(teacher.host)
     adapters = moepeft.attach(host, factory)
-    averaged = _Average(adapters, lesson.average)
+    averaged = WeightAverage(list(adapters.parameters()), lesson.average)
     parameters = sum(parameter.numel() for parameter in adapters.parameters())
     curve: dict[int, tuple[float, ...]] = {}
     usage: dict[int, Tensor] = {}
@@ -144,44 +145,6 @@ def _steps(
         optimiser.zero_grad(set_to_none=True)
         yield step
         host.train()
-
-
-class _Average:
-    """Exponential moving average of what trains: every step is then a valid end of a run at a constant rate."""
-
-    def __init__(self, adapters: Attachment, decay: float) -> None:
-        self._trained = list(adapters.parameters())
-        self._mean = [parameter.detach().clone() for parameter in self._trained]
-        self._decay, self._steps = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self._steps += 1
-        # Early averages forget the start faster: the mean of few steps must not hold the first values.
-        decay = min(self._decay, (self._steps - 1) / (self._steps + 9))
-        torch._foreach_lerp_(self._mean, [parameter.detach() for parameter in self._trained], 1 - decay)
-
-    def applied(self) -> _Applied:
-        return _Applied(self._trained, self._mean)
-
-
-class _Applied:
-    """Inside, the parameters hold their averages."""
-
-    def __init__(self, trained: Sequence[nn.Parameter], mean: Sequence[Tensor]) -> None:
-        self._trained, self._mean = trained, mean
-        self._kept: list[Tensor] = []
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._kept = [parameter.detach().clone() for parameter in self._trained]
-        for parameter, mean in zip(self._trained, self._mean, strict=True):
-            parameter.copy_(mean)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for parameter, kept in zip(self._trained, self._kept, strict=True):
-            parameter.copy_(kept)
 
 
 # ---------------------------------------------------------------------- exams
