@@ -55,9 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
                 exhaustive = True
         elif "library/distributed/" in path:
-            exhaustive = other or host != FIRST_HOST or (spec != "" and spec.partition("@")[0] not in FEW_METHODS)
+            exhaustive = other or host != FIRST_HOST
         elif "library/device/" in path:
-            option = "by_hand" in item.name and not str(params["label"]).endswith("@published")
+            label = str(params.get("label", ""))
+            option = "=" in label or ("by_hand" in item.name and not label.endswith("@published"))
             exhaustive = host != FIRST_HOST or "runner" in item.name or option
         elif "library/architectures/" in path and params:
             architectures += 1
@@ -66,6 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             exhaustive = str(params["words"]) not in FEW_METHODS
         elif "reliability/" in path:
             exhaustive = not any(word in path for word in ("ctrl_c", "killed", "of_the_runner", "vanishes"))
+            exhaustive = exhaustive or "[outcomes]" in path
         if exhaustive:
             item.add_marker(pytest.mark.exhaustive)
 

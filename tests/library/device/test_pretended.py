@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 import moepeft
+from tests.support.asked import asked
 from tests.support.variants import variants
 
 pytestmark = [
@@ -28,8 +29,8 @@ VARIANTS = variants(num_tasks=3)
 PUBLISHED = "@published"
 
 
-@pytest.fixture(scope="session")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Host -> configuration -> phase -> what was found; each host has a process of its own.
 
     Processes of pytest-xdist share what one of them found.
@@ -42,7 +43,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Any:
         path = folder / f"{module}-{host}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                run_device(module, host, str(path))
+                cases = asked(request, "host", "label") if module == "walk" else []
+                run_device(module, host, str(path), *(str(label) for at, label in cases if at == host))
         found: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
         return found
 

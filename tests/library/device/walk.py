@@ -1,7 +1,7 @@
 """Walk one host's configurations through a method's life on pretended cuda:0.
 
-``python -m tests.support.with_cuda_guard tests.library.device.walk HOST FILE`` writes, for each configuration and
-phase, what failed and what the host waited for.
+``python -m tests.support.with_cuda_guard tests.library.device.walk HOST FILE LABEL...`` writes, for each configuration
+and phase, what failed and what the host waited for.
 """
 
 from __future__ import annotations
@@ -140,14 +140,14 @@ def follow(walk: Walk, device: Device) -> dict[str, dict[str, Any]]:
     return found
 
 
-def main(host: str, target: Path) -> None:
-    found = {}
-    for label, factory in variants(TASKS).items():
+def main(host: str, target: Path, labels: list[str]) -> None:
+    found, known = {}, variants(TASKS)
+    for label in labels:
         with pretend() as device:
-            found[label] = follow(Walk(host, factory), device)
+            found[label] = follow(Walk(host, known[label]), device)
     target.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

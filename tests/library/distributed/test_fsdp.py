@@ -27,6 +27,7 @@ from tests.library.distributed.test_ddp import (
     make,
     without_dropout,
 )
+from tests.support.asked import asked
 from tests.support.hosts import batch, build, output, rows_of
 
 pytestmark = [
@@ -104,11 +105,11 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, specs: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
     found: dict[str, Any] = {}
-    for spec in SPECS:
+    for spec in specs:
         other, of_other = sharded_without_memory(spec, Path(folder) / f"rank{rank}" / spec)
         found[f"{spec} restored"] = [step(other, of_other, HALVES[rank], seed) for seed in range(2)]
         model, adapters = sharded(spec)
@@ -127,9 +128,11 @@ def process(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(process, args=(str(folder),), nprocs=PROCESSES)
+    mp.spawn(process, args=(str(folder), [spec for (spec,) in asked(request, "spec")]), nprocs=PROCESSES)
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
 
 
