@@ -49,7 +49,7 @@ from moepeft.methods._validation import check_choices, check_count, check_positi
 from moepeft.ops.draws import uniform
 from moepeft.ops.linear import token_shares, with_row_mean
 from moepeft.ops.precision import without_autocast
-from moepeft.ops.processes import has_processes
+from moepeft.ops.processes import has_processes, one_thread_at_a_time
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -213,6 +213,7 @@ class Router(nn.Module):
         winner = F.one_hot(group, self.config.groups).to(weights.dtype).unsqueeze(-1)
         return group, weights.squeeze(1), (winner * weights).flatten(1)
 
+    @one_thread_at_a_time
     @torch.no_grad()
     def _start(self, rows: Tensor) -> None:
         """Data-aware start: the first centroid is the first batch's mean, the others are near it."""

@@ -1,12 +1,29 @@
-"""Sums over data-parallel processes."""
+"""Processes and threads that share a model: sums over data-parallel processes, and what one thread does at a time."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., None])
+_LOCK = threading.RLock()
+
+
+def one_thread_at_a_time(function: F) -> F:
+    """Let no two threads run the function, as one that draws values at the first forward and notes that it has."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with _LOCK:
+            function(*args, **kwargs)
+
+    return cast(F, alone)
 
 
 def has_processes() -> bool:
