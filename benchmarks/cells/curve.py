@@ -72,19 +72,23 @@ class CurveReader:
         while self._readings and self._readings[0].is_there:
             self._read(self._readings.popleft())
 
-    def finish(self) -> None:
-        """Wait for the points that are still on their way; raises as `note` does."""
-        for reading in self._readings:
+    def catch_up(self) -> None:
+        """Wait for the points that are still on their way, and for the steps after them; raises as `note` does."""
+        while self._readings:
+            reading = self._readings.popleft()
             if reading.arrived is not None:
                 reading.arrived.synchronize()
             self._read(reading)
-        self._readings.clear()
+        _refuse_since(float(self._first_bad))
 
     def _read(self, reading: _Reading) -> None:
         *losses, norm, first_bad = map(float, reading.values.tolist())
-        if first_bad:
-            raise Diverged(
-                f"a loss or the gradient norm is not finite since step {int(first_bad)}; try a lower --learning-rate"
-            )
+        _refuse_since(first_bad)
         named = dict(zip(reading.names, losses, strict=True))
         self.curve.append(CurvePoint(step=reading.step, losses=named, learning_rate=reading.rate, gradient_norm=norm))
+
+
+def _refuse_since(step: float) -> None:
+    """Raise for the first step that was not finite; 0 if there was none."""
+    if step:
+        raise Diverged(f"a loss or the gradient norm is not finite since step {int(step)}; try a lower --learning-rate")

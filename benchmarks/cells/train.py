@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,13 @@ from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.order import sorted_within_windows, training_order
 from benchmarks.families import AnyFamily, AnyModel
 from benchmarks.families.batch import Batch, Row
-from benchmarks.instruments.processor import synchronise
+from benchmarks.instruments.processor import prepare_device, synchronise
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import stream
 from benchmarks.records.schema import Checkpoint, CurvePoint
 
 Item = TypeVar("Item")
+_NO_MORE = object()
 
 
 @dataclass(slots=True)
@@ -143,8 +143,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of a run on `device`, in an order that the protocol and the seed alone decide.
 
-    Each is prepared, and on its way to the device, before the one before it is handed out. It is entered in `ledger`
-    when it is handed out.
+    Each is prepared while the one before it is trained on. It is entered in `ledger` when it is handed out.
     """
     protocol = family.protocol
     names = (protocol.name, seed, "order")
@@ -162,23 +161,24 @@ def training_batches(
         return tasks[slot[0]].train[slot[1]].length
 
     def prepared() -> Iterator[tuple[list[tuple[int, Row]], Batch]]:
+        prepare_device(device)  # a thread has a current device of its own
         for slots in sorted_within_windows(order, length, window=window, stream=names):
             rows = [(task, tasks[task].train[index]) for task, index in slots]
-            yield rows, family.training_batch(rows).to(device)
+            yield rows, family.training_batch(rows).staged(device)
 
     for rows, batch in one_ahead(prepared()):
         ledger.add(rows, batch)
-        yield batch
+        yield batch.to(device)
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each made before the one before it is handed out."""
+    """The items, each made by a thread while the one before it is used; what making one raises is raised here."""
     source = iter(items)
-    ahead = deque(islice(source, 1))
-    for following in source:
-        ahead.append(following)
-        yield ahead.popleft()
-    yield from ahead
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, source, _NO_MORE)
+        while (item := following.result()) is not _NO_MORE:
+            following = thread.submit(next, source, _NO_MORE)
+            yield cast(Item, item)
 
 
 def train(
@@ -223,10 +223,11 @@ def train(
             if step in protocol.examinations:
                 synchronise(device)
                 log.seconds += time.perf_counter() - start
+                reader.catch_up()
                 log.checkpoints.append(examine(step, log.seconds))
                 trainer.model.train()
                 start = time.perf_counter()
-        reader.finish()
+        reader.catch_up()
     finally:
         synchronise(device)
         log.seconds += time.perf_counter() - start

@@ -7,7 +7,7 @@ is a prompt and its candidate answers (`TextRow`, `TextBatch`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -130,10 +130,18 @@ class Batch:
     tokens: int
     padded_tokens: int
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `function` of every tensor."""
+        inputs = {name: function(value) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, task_ids=function(self.task_ids))
+
+    def staged(self, device: torch.device) -> Self:
+        """The same in memory from which `device` copies while the host goes on."""
+        return self.map(Tensor.pin_memory) if device.type == "cuda" else self
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        inputs = {name: move(value, device) for name, value in self.inputs.items()}
-        return replace(self, inputs=inputs, task_ids=move(self.task_ids, device))
+        return self.map(lambda tensor: move(tensor, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +160,10 @@ class TaskGroup:
     valid: Tensor | None
     labels: Tensor
 
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        valid = None if self.valid is None else move(self.valid, device)
-        return replace(self, sequences=move(self.sequences, device), labels=move(self.labels, device), valid=valid)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `function` of every tensor."""
+        valid = None if self.valid is None else function(self.valid)
+        return replace(self, sequences=function(self.sequences), labels=function(self.labels), valid=valid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +176,9 @@ class HeadBatch(Batch):
 
     groups: tuple[TaskGroup, ...]
 
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(super().to(device), groups=tuple(group.to(device) for group in self.groups))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `function` of every tensor."""
+        return replace(super().map(function), groups=tuple(group.map(function) for group in self.groups))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,20 +195,21 @@ class TextBatch(Batch):
     valid: Tensor
     tasks: Tensor
 
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with `function` of every tensor."""
         return replace(
-            super().to(device),
-            labels=move(self.labels, device),
-            valid=move(self.valid, device),
-            tasks=move(self.tasks, device),
+            super().map(function),
+            labels=function(self.labels),
+            valid=function(self.valid),
+            tasks=function(self.tasks),
         )
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; on its way to a GPU from pinned memory, so that the host goes on meanwhile."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(device, non_blocking=True)
     return tensor.to(device)
 
 

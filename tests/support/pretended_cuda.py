@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -210,7 +211,9 @@ def pretend(device_value: float = 1, host_value: float = 1) -> Iterator[Device]:
             "torch.cuda.is_current_stream_capturing": lambda: False,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.Tensor.pin_memory": _pin,
+            "torch.Tensor.is_pinned": lambda tensor: getattr(tensor, "pretends_to_be_pinned", False),
             "torch.Tensor.tolist": _read_all,
+            "torch.Tensor.__array__": lambda tensor, dtype=None: np.array(_read_all(tensor), dtype),
             "torch.nn.Module._apply": _convert(mode),
         }
         for target, answer in answers.items():

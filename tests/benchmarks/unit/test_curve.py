@@ -57,6 +57,15 @@ def test_a_step_between_the_points_is_watched() -> None:
         note(reader, 2, 0.25)
 
 
+def test_a_step_after_the_last_point_is_found_before_the_model_is_scored() -> None:
+    reader = CurveReader([], torch.device("cpu"))
+    note(reader, 1, 0.25)
+    reader.catch_up()
+    reader.watch(2, {"task": torch.tensor(float("nan"))}, torch.tensor(1.0))
+    with pytest.raises(Diverged, match="since step 2"):
+        reader.catch_up()
+
+
 def test_on_a_gpu_nobody_waits_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     curve: list[CurvePoint] = []
     reader = CurveReader(curve, torch.device("cpu"))
@@ -67,6 +76,6 @@ def test_on_a_gpu_nobody_waits_before_the_end(monkeypatch: pytest.MonkeyPatch) -
         Event.done = step - 1  # the device is two steps behind
     assert [point.step for point in curve] == [1]
     assert Event.waited == 0
-    reader.finish()
+    reader.catch_up()
     assert [point.step for point in curve] == [1, 2, 3]
     assert Event.waited == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -372,16 +373,23 @@ def test_batches_are_made_as_they_are_asked_for(tokenizer):
     assert ledger.budget().steps == 2
 
 
-def test_batches_are_prepared_one_ahead() -> None:
-    log: list[str] = []
+def test_the_next_batch_is_prepared_while_one_is_used() -> None:
+    made = [Event() for _ in range(3)]
 
     def make() -> Iterator[int]:
-        for number in range(3):
-            log.append(f"make {number}")
+        for number, event in enumerate(made):
+            event.set()
             yield number
 
     for number in one_ahead(make()):
-        log.append(f"use {number}")  # noqa: PERF401 - the order of the two is what is looked at
-    assert log == ["make 0", "make 1", "use 0", "make 2", "use 1", "use 2"]
+        assert all(event.wait(60) for event in made[: number + 2])
+        assert not any(event.is_set() for event in made[number + 2 :])
     assert list(one_ahead([])) == []
     assert list(one_ahead([7])) == [7]
+
+
+def test_an_error_in_a_batch_is_raised_where_the_batch_is_used() -> None:
+    batches = one_ahead(1 / number for number in (1, 0))
+    assert next(batches) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(batches)

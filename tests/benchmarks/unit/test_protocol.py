@@ -12,6 +12,7 @@ import torch
 import moepeft
 from benchmarks.backbones.device import resolve_device, resolve_precision
 from benchmarks.backbones.load import find_backbone, load_backbone, load_tokenizer, set_dropout
+from benchmarks.instruments.processor import prepare_device
 from benchmarks.methods.parse import parse_methods
 from benchmarks.plan.cells import expand
 from benchmarks.plan.options import Options, resolve_suite
@@ -134,6 +135,21 @@ def test_flags_override_the_suite_and_tasks_keep_one_order():
     assert (found.tasks, found.seeds, found.steps, found.eval_rows) == (("cola", "rte"), (2, 0), 5, 9)
     assert found.precision == "bf16"
     assert found.learning_rate == load_suite("glue").learning_rate
+
+
+def test_launched_processes_have_a_gpu_each(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for rank in ("0", "1", "2"):
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            prepare_device(resolve_device("auto"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert current == [torch.device("cuda", at) for at in (0, 1, 0)]
 
 
 def test_device_and_precision(monkeypatch):

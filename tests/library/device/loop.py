@@ -22,11 +22,14 @@ from benchmarks.backbones.load import find_backbone, load_tokenizer
 from benchmarks.backbones.tiny import TINY_MODELS
 from benchmarks.cells.data import tokenise_task
 from benchmarks.cells.evaluate import evaluate_model
+from benchmarks.cells.examination import Examiner
 from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.timing_pass import measure
-from benchmarks.cells.train import TrainingLog, make_trainer, one_ahead, train, training_batches
+from benchmarks.cells.train import TrainingLog, make_trainer, train, training_batches
 from benchmarks.families import AnyFamily, family_of
+from benchmarks.instruments.processor import prepare_device
 from benchmarks.protocols.protocol import Protocol, TimingPlan
+from benchmarks.records.provenance import gather
 from benchmarks.tasks import load_task
 from tests.support.pretended_cuda import Device, pretend
 
@@ -85,7 +88,6 @@ class Cell:
         model = self.family.load(self.source, 0)
         model.attachment = moepeft.attach(model.backbone, moepeft.method(method, num_tasks=len(self.tasks)))
         ledger = Ledger(self.protocol.tasks)
-        batches = list(training_batches(self.tasks, self.family, 0, ledger, torch.device("cpu")))
         found: dict[str, dict[str, Any]] = {}
         # No step was the first bad one, and no value is not a number.
         with pretend(device_value=0, host_value=0) as device:
@@ -97,10 +99,18 @@ class Cell:
                     found[f"step {step}"] = {"error": None, "waits": dict(device.waits)}
                     device.waits.clear()
 
-                moved = one_ahead(batch.to(CUDA) for batch in batches)
-                train(trainer, moved, protocol=self.protocol, seed=0, log=TrainingLog(), on_step=on_step)
+                train(
+                    trainer,
+                    training_batches(self.tasks, self.family, 0, ledger, CUDA),
+                    protocol=self.protocol,
+                    seed=0,
+                    log=TrainingLog(),
+                    on_step=on_step,
+                    examine=Examiner(trainer, self.tasks, self.family),
+                )
 
             phases: dict[str, Callable[[], object]] = {
+                "device": prove_device,
                 "loop": loop,
                 "evaluation": lambda: evaluate_model(model, self.tasks, self.family, batch_size=4, autocast=True),
                 "timing pass": lambda: measure(trainer, self.family, self.protocol.timing),
@@ -108,6 +118,12 @@ class Cell:
             for name, work in phases.items():
                 found[name] = attempt(work, device)
         return found
+
+
+def prove_device() -> None:
+    """The process has a device of its own, and its records say how that device multiplies."""
+    prepare_device(CUDA)
+    assert "TF32" in gather(CUDA, "bf16", "").precision
 
 
 def attempt(work: Callable[[], object], device: Device) -> dict[str, Any]:
