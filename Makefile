@@ -35,7 +35,7 @@ check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/docs/test_house.py
-	$(BIN)/python -m benchmarks.report --check --readme README.md
+	$(BIN)/python -m benchmarks.report --check --readme README.md --verdict
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

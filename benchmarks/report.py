@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.mechanisms.build import build_mechanisms, has_archive
 from benchmarks.records.frame import NoRecordsError, Results
 from benchmarks.records.store import RecordError, replacing
 from benchmarks.reporting.build import (
@@ -23,6 +24,8 @@ from benchmarks.reporting.changes import difference_markdown
 from benchmarks.reporting.page.write import write_page
 from benchmarks.reporting.parameters import InconsistentRecordsError
 from benchmarks.reporting.readme import ReadmeError, find_folder, update_readme
+from benchmarks.verdict.page import PAGE as VERDICT
+from benchmarks.verdict.page import describe_answers, write_verdict
 
 PAGE = RESULTS / "page"
 
@@ -35,6 +38,8 @@ class Options:
     """Results folders; without any, every folder in results/ that has records."""
     readme: Path | None = None
     """Also rewrite the block between the results markers of this file: the scores of the folder that they name."""
+    verdict: bool = False
+    """Also write docs/verdict.md: what all folders of results/ together say to the questions that people ask."""
     check: bool = False
     """Write nothing; fail and name the tables that are not what the records give, and the figures that are missing."""
     html: bool = False
@@ -51,17 +56,29 @@ def run(options: Options) -> int:
         before, after = (Results.load(root) for root in options.diff)
         sys.stdout.write(f"From {options.diff[0]} to {options.diff[1]}\n\n{difference_markdown(before, after)}")
         return 0
-    roots = options.results or tuple(sorted(path.parent for path in RESULTS.glob("*/records")))
+    roots = options.results or find_folders(RESULTS)
     if not roots:
         raise NoRecordsError(f"no folder in {RESULTS}/ holds records; name one with --results")
-    reports = {root: build_report(root, options.reference) for root in roots}
+    reports = {root: _build(root, options.reference) for root in roots}
     readme = None if options.readme is None else _update(options.readme, reports, options.reference)
+    pages = {} if readme is None or options.readme is None else {options.readme: readme}
+    if options.verdict:
+        pages[VERDICT] = write_verdict(RESULTS)
     if options.check:
-        return _check(reports, options.readme, readme)
-    _write(reports, options.readme, readme)
+        return _check(reports, pages)
+    _write(reports, pages)
     if options.html:
-        sys.stdout.write(f"{write_page(RESULTS, PAGE)}\n")
+        sys.stdout.write(f"{write_page(RESULTS, PAGE, describe_answers(RESULTS))}\n")
     return 0
+
+
+def find_folders(results: Path) -> tuple[Path, ...]:
+    """The folders below `results` that hold records of suites or runs of the mechanisms."""
+    return tuple(sorted(path for path in results.glob("*") if (path / "records").is_dir() or has_archive(path)))
+
+
+def _build(root: Path, reference: str | None) -> Report:
+    return build_mechanisms(root) if has_archive(root) else build_report(root, reference)
 
 
 def _update(path: Path, reports: dict[Path, Report], reference: str | None) -> str:
@@ -71,23 +88,22 @@ def _update(path: Path, reports: dict[Path, Report], reference: str | None) -> s
     return update_readme(path, report.scores)
 
 
-def _check(reports: dict[Path, Report], path: Path | None, readme: str | None) -> int:
+def _check(reports: dict[Path, Report], pages: dict[Path, str]) -> int:
     differing = [path for root, report in reports.items() for path in find_differences(root, report)]
-    if path is not None and readme != path.read_text(encoding="utf-8"):
-        differing.append(path)
+    differing += [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
     for file in differing:
-        flag = f" --readme {path}" if file == path else ""
+        flag = "" if file not in pages else " --verdict" if file == VERDICT else f" --readme {file}"
         sys.stderr.write(f"{file} is not what the records give; write it with `{COMMAND}{flag}`\n")
     return 1 if differing else 0
 
 
-def _write(reports: dict[Path, Report], path: Path | None, readme: str | None) -> None:
+def _write(reports: dict[Path, Report], pages: dict[Path, str]) -> None:
     for root, report in reports.items():
         write_files(root, report)
         sys.stdout.write(report.markdown)
-    if path is not None and readme is not None:
+    for path, text in pages.items():
         with replacing(path) as file:
-            file.write(readme.encode())
+            file.write(text.encode())
 
 
 def main() -> int:

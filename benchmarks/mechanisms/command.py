@@ -8,17 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.mechanisms.asked import Asked, write_asked
+from benchmarks.mechanisms.build import build_mechanisms
 from benchmarks.mechanisms.experiments import Experiment, available_experiments, load_experiment, shortened
-from benchmarks.mechanisms.figures import draw_scores
-from benchmarks.mechanisms.frame import read_choices, read_frame
 from benchmarks.mechanisms.suite import Say, Suite
-from benchmarks.mechanisms.tables import mechanism_tables
 from benchmarks.methods.parse import parse_methods
 from benchmarks.methods.registered import Moepeft
 from benchmarks.plan.options import Options
 from benchmarks.protocols.errors import UsageError
-from benchmarks.records.store import replacing
-from benchmarks.reporting.render import to_csv, to_markdown
+from benchmarks.reporting.build import Report, write_files
 
 KNOWN_FLAGS = ("suite", "methods", "tasks", "seeds", "steps", "jobs", "results")
 
@@ -73,28 +71,16 @@ def run_mechanisms(
     suite = Suite(root, methods, jobs=jobs, command=command, say=say)
     for experiment in experiments:
         suite.run(experiment)
-        say(write_tables(experiment, methods, suite))
+        write_asked(root, Asked(experiment=experiment, methods=tuple(methods), command=command))
+        report = build_mechanisms(root)
+        write_files(root, report)
+        say("\n".join(read_tables(report, experiment.name)))
 
 
-def write_tables(experiment: Experiment, methods: Sequence[str], suite: Suite) -> str:
-    """Write the experiment's tables and its figure from the archive; gives the tables as Markdown."""
-    archive = suite.archive
-    frame = read_frame(experiment, read_choices(experiment, methods, archive), archive)
-    texts = []
-    for table in mechanism_tables(experiment, frame):
-        text = to_markdown(table)
-        texts.append(text)
-        _write(archive.root / "tables" / f"{table.name}.md", text.encode())
-        _write(archive.root / "tables" / f"{table.name}.csv", to_csv([(experiment.name, table)]).encode())
-    figure = draw_scores(experiment, frame)
-    if figure is not None:
-        _write(archive.root / "figures" / f"{experiment.name}.svg", figure)
-    return "\n".join(texts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
+def read_tables(report: Report, experiment: str) -> list[str]:
+    """The Markdown of one experiment's tables."""
+    names = (name for name in report.tables if name.startswith(f"tables/{experiment}-") and name.endswith(".md"))
+    return [report.tables[name].decode() for name in names]
 
 
 def load_experiments(names: Sequence[str], *, steps: int | None, seeds: Sequence[int] | None) -> list[Experiment]:

@@ -21,12 +21,15 @@ from benchmarks.reporting.figures.style import (
 )
 
 
-def draw_scores(experiment: Experiment, frame: pd.DataFrame) -> bytes | None:
-    """Mean R2 over the one field that the experiment varies, or over parameters; None if several fields vary."""
+def can_draw(experiment: Experiment) -> bool:
+    """Whether the experiment varies one field, which is the axis or tells the panels apart."""
+    return len(experiment.vary) == 1
+
+
+def draw_scores(experiment: Experiment, frame: pd.DataFrame, description: str) -> bytes:
+    """Mean R2 over the one field that the experiment varies, or over parameters; an SVG with its description."""
     by_size = bool(experiment.ranks_of_reference)
     axis = "parameters" if by_size else next(iter(experiment.vary))
-    if len(experiment.vary) != 1:
-        return None
     with use_style():
         figure = new_figure()
         panels = sorted(frame[next(iter(experiment.vary))].unique()) if by_size else [None]
@@ -48,7 +51,7 @@ def draw_scores(experiment: Experiment, frame: pd.DataFrame) -> bytes | None:
         plots[0].set_ylabel("R2, mean over tasks")
         plots[0].set_ylim(-0.1, 1.05)
         put_legend_beside(plots[-1])
-        return write_svg(figure, experiment.question)
+        return write_svg(figure, description)
 
 
 def _draw_line(plot, some: pd.DataFrame, axis: str, name: str, number: int) -> None:  # type: ignore[no-untyped-def]

@@ -15,11 +15,12 @@ from benchmarks.mechanisms.suite import reported_runs
 from benchmarks.mechanisms.teachers import true_sizes
 from benchmarks.mechanisms.tuning import choose_rate
 from benchmarks.protocols.halving import Choice
+from benchmarks.records.store import RecordError
 from moepeft.config import expert_sizes
 from moepeft.registry import from_config
 
 
-class Incomplete(RuntimeError):
+class Incomplete(RecordError):
     """A run that the experiment needs was not made."""
 
 

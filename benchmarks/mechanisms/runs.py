@@ -168,6 +168,10 @@ class Archive:
         """The outcome of a run, None if it was not made."""
         return self._outcomes.get(run.id)
 
+    def read(self, run: str) -> Outcome:
+        """The outcome of the run of that id, which was made."""
+        return self._outcomes[run]
+
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those of `runs` that were not made, each once."""
         return [run for run in {run.id: run for run in runs}.values() if run.id not in self._outcomes]

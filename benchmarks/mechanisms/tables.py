@@ -79,24 +79,8 @@ def scores_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
 
 def pairs_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
     """All pairs of methods on the last teacher of the file, paired by seed."""
-    columns = _teachers(experiment, frame)
-    where = dict(columns.iloc[-1])
-    scores = frame[_matches(frame, where)].pivot_table(index="seed", columns="method", values="score", dropna=False)
-    tested = []
-    for first, second in combinations(scores.columns, 2):
-        difference = (scores[first] - scores[second]).dropna()
-        if len(difference) < 2:
-            continue
-        p = float(stats.ttest_1samp(difference, 0.0).pvalue)
-        mean, half = interval(difference.tolist())
-        tested.append({"better": first, "worse": second, "difference": mean, "half": half, "p": p})
-    data = pd.DataFrame(tested, columns=["better", "worse", "difference", "half", "p"])
-    data["p_holm"] = multipletests(data["p"].fillna(1.0), method="holm")[1] if len(data) else []
-    turned = data["difference"] < 0
-    data.loc[turned, ["better", "worse"]] = data.loc[turned, ["worse", "better"]].to_numpy()
-    data["difference"] = data["difference"].abs()
-    data["decided"] = data["p_holm"] < 1 - LEVEL
-    data = data.sort_values(["decided", "difference"], ascending=False, ignore_index=True)
+    where = dict(_teachers(experiment, frame).iloc[-1])
+    data = compare_pairs(frame[_matches(frame, where)])
     text = pd.DataFrame(
         {
             "better": data["better"],
@@ -113,6 +97,36 @@ def pairs_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
         ),
     )
     return Table(f"{experiment.name}-pairs", f"All pairs ({experiment.name})", text, data, notes)
+
+
+def compare_pairs(frame: pd.DataFrame, column: str = "score") -> pd.DataFrame:
+    """Every pair of methods on one teacher, paired by seed.
+
+    Args:
+        frame: rows of the long frame of one teacher.
+        column: what is compared.
+
+    Returns:
+        One row per pair: `better`, `worse`; `difference`, not negative, and `half` of its 95 % interval (Student t over
+        seeds); `p`, two-sided; `p_holm`, adjusted over all rows; `decided`. Decided pairs first, the largest difference
+        first.
+    """
+    scores = frame.pivot_table(index="seed", columns="method", values=column, dropna=False)
+    tested = []
+    for first, second in combinations(scores.columns, 2):
+        difference = (scores[first] - scores[second]).dropna()
+        if len(difference) < 2:
+            continue
+        p = float(stats.ttest_1samp(difference, 0.0).pvalue)
+        mean, half = interval(difference.tolist())
+        tested.append({"better": first, "worse": second, "difference": mean, "half": half, "p": p})
+    data = pd.DataFrame(tested, columns=["better", "worse", "difference", "half", "p"])
+    data["p_holm"] = multipletests(data["p"].fillna(1.0), method="holm")[1] if len(data) else []
+    turned = data["difference"] < 0
+    data.loc[turned, ["better", "worse"]] = data.loc[turned, ["worse", "better"]].to_numpy()
+    data["difference"] = data["difference"].abs()
+    data["decided"] = data["p_holm"] < 1 - LEVEL
+    return data.sort_values(["decided", "difference"], ascending=False, ignore_index=True)
 
 
 MEASURES: dict[Measure, tuple[str, str]] = {

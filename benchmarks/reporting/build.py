@@ -79,7 +79,7 @@ def build_report(root: Path, reference: str | None = None) -> Report:
         for group in groups
         for name, drawing in plan_figures(frames[group.key], group).items()
     }
-    parts = [f"## {_relative(root)}\n"]
+    parts = [f"## {name_folder(root)}\n"]
     closing = []
     for group, tables in by_group:
         compared = next((table for table in tables if table.name == "comparison"), None)
@@ -186,11 +186,11 @@ def _find_stale(root: Path, report: Report) -> list[Path]:
     return [path for path in extra if COMMAND.encode() in path.read_bytes()[:HEADER_BYTES]]
 
 
-def _relative(root: Path) -> str:
+def name_folder(root: Path) -> str:
     """The folder as seen from the project, so that the bytes do not depend on where the report was started."""
     root = root.resolve()
     return f"{RESULTS}/{root.name}" if root.parent.name == RESULTS.name else root.name
 
 
 def _command(root: Path, reference: str | None) -> str:
-    return f"{COMMAND} --results {_relative(root)}" + ("" if reference is None else f" --reference {reference}")
+    return f"{COMMAND} --results {name_folder(root)}" + ("" if reference is None else f" --reference {reference}")

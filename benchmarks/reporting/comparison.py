@@ -87,6 +87,26 @@ def comparison_table(
     )
 
 
+def compare_pair(
+    frame: pd.DataFrame, outcomes: pd.DataFrame, method: str, than: str, endpoint: Endpoint = FIRST_METRIC
+) -> Difference | None:
+    """The difference of two methods; None where they have no runs of a seed in common.
+
+    Args:
+        frame: the long frame of one protocol.
+        outcomes: the predictions of its runs, as `Results.outcomes` gives them.
+        method: a label, or a method that has one label.
+        than: the same.
+        endpoint: what is compared.
+    """
+    runs = count_runs(frame)
+    own, base = find_label(runs, method), find_label(runs, than)
+    if own is None or base is None:
+        return None
+    compared = _Pairs(frame, outcomes, base, endpoint).compare(own)
+    return None if compared is None else compared[0]
+
+
 def compare_all_pairs(
     frame: pd.DataFrame, outcomes: pd.DataFrame, endpoint: Endpoint = FIRST_METRIC
 ) -> list[tuple[str, str, Difference]]:

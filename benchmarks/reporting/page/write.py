@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from benchmarks.reporting.page.data import gather_records, gather_suites, gather
 ASSETS = Path(__file__).parent / "assets"
 
 
-def write_page(results: Path, target: Path) -> Path:
+def write_page(results: Path, target: Path, answers: Sequence[dict[str, Any]] = ()) -> Path:
     """Write the page of one results folder, or of all those below `results`.
 
     Args:
         results: has records, or holds a folder per suite, and ``mechanisms``, ``speed`` and ``tables`` if they exist.
         target: folder of the page; what stands there of an earlier page is replaced.
+        answers: to what people ask (`benchmarks.verdict`); without any, the verdict is what each table decides.
 
     Returns:
         The page's file.
@@ -35,7 +37,8 @@ def write_page(results: Path, target: Path) -> Path:
         "speed": [table for folder in sorted(results.glob("speed*/tables")) for table in gather_tables(folder)],
         "claims": gather_tables(results / "tables"),
     }
-    page["verdict"] = state_verdict(page)
+    page["answers"] = list(answers)
+    page["verdict"] = [] if answers else state_verdict(page)
     page["conflict"] = answer_conflict(page)
     shutil.copytree(ASSETS, target, dirs_exist_ok=True)
     (target / "page.html").replace(target / "index.html")

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.reporting.page.data import read_tables
 from benchmarks.reporting.page.write import write_page
+from benchmarks.verdict.page import describe_answers
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = shutil.which("chromium")
@@ -29,7 +30,7 @@ pytestmark = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the committed results."""
     target = tmp_path_factory.mktemp("page")
-    write_page(ROOT / "results", target)
+    write_page(ROOT / "results", target, describe_answers(ROOT / "results"))
     return target
 
 
@@ -162,8 +163,11 @@ def test_a_pair_of_methods_is_compared_with_one_choice(page: Any) -> None:
 
 
 def test_evidence_of_a_suite_shows_that_suite(page: Any) -> None:
-    page.locator("#verdict a").nth(1).click()
-    assert page.locator("#suite").input_value() == "1"
+    links = page.locator("#verdict a[href='#pairs']")
+    for number in range(links.count()):
+        links.nth(number).click()
+        shown = int(page.locator("#suite").input_value())
+        assert page.evaluate(f"PAGE.suites[{shown}].folder").endswith(f"/{links.nth(number).inner_text()}")
 
 
 def test_another_suite_brings_its_own_tasks_and_rows(page: Any) -> None:

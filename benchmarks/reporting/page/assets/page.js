@@ -352,6 +352,12 @@ function chooseSuite() {
   drawBoard(); drawCurves(); drawPairs(); drawRouting(); answerQuestions();
 }
 
+/** The same by the results folder, which may hold no suite. */
+function showFolder(folder) {
+  const found = PAGE.suites.find((one) => one.folder.split("/").pop() === folder);
+  if (found) showSuite(found.key);
+}
+
 /** The evidence of a suite stands in sections that show one suite: choose that one. */
 function showSuite(key) {
   const at = PAGE.suites.findIndex((one) => one.key === key);
@@ -361,7 +367,10 @@ function showSuite(key) {
 }
 
 function start() {
-  byId("verdict-text").replaceChildren(...PAGE.verdict.map((entry) => element("p", {}, element("strong", {}, `${entry.question} `), entry.answer, " ", ...(entry.link ? [element("a", { href: entry.link, onclick: () => showSuite(entry.suite) }, "Evidence")] : []))));
+  const answers = PAGE.answers.map((one) => element("div", { class: "answer" },
+    element("p", {}, element("strong", {}, one.question), " ", element("span", { class: "strength" }, one.strength)),
+    element("p", {}, one.answer, ...one.links.flatMap((link) => [" ", element("a", { href: link.section, onclick: () => showFolder(link.folder) }, link.text)]))));
+  byId("verdict-text").replaceChildren(...answers, ...PAGE.verdict.map((entry) => element("p", {}, element("strong", {}, `${entry.question} `), entry.answer, " ", ...(entry.link ? [element("a", { href: entry.link, onclick: () => showSuite(entry.suite) }, "Evidence")] : []))));
   byId("suite").replaceChildren(...PAGE.suites.map((one, index) => element("option", { value: index }, `${one.name} (${one.steps} steps)`)));
   byId("suite").addEventListener("change", chooseSuite);
   for (const id of ["preset", "size", "name"]) byId(id).addEventListener("input", drawBoard);

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reporting.page.findings import find_about
 from benchmarks.reporting.page.write import write_page
+from benchmarks.verdict.page import describe_answers, section_of
 
+VERDICT = "verdict.md"
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -17,7 +20,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     with tempfile.TemporaryDirectory() as folder:
-        page = write_page(ROOT / "results", Path(folder)).parent
+        page = write_page(ROOT / "results", Path(folder), describe_answers(ROOT / "results")).parent
         for path in sorted(page.rglob("*")):
             if path.is_file():
                 uri = f"results/{path.relative_to(page).as_posix()}"
@@ -26,7 +29,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Add what the runs found to the page of a method."""
+    """Add what the runs found to the page of a method; lead the verdict's evidence to the page of results."""
+    if page.file.src_uri == VERDICT:
+        # In the repository the evidence is a table's file; the site has the same tables on one page.
+        return re.sub(
+            r"\(\.\./results/(\w+)[^)]*\)", lambda found: f"(results/index.html{section_of(found[1])})", markdown
+        )
     folder, _, name = page.file.src_uri.rpartition("/")
     method = name.removesuffix(".md")
     if folder != "methods" or method == "index":

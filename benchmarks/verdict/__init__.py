@@ -1,0 +1,1 @@
+"""The answer: what all records together say to the questions that people ask, and to what papers claim."""

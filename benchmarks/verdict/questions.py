@@ -1,0 +1,270 @@
+"""The seven questions that people ask, each answered from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.mechanisms.tables import BOUND, interval, multiplier
+from benchmarks.reporting.views import is_baseline
+from benchmarks.verdict.evidence import Answer, Evidence, Link, Mechanism, Strength, Study, find_best, merges
+
+MECHANISMS = "python -m benchmarks.run --suite mechanisms"
+
+
+def answer_all(evidence: Evidence) -> list[Answer]:
+    """All seven, in the order of the page."""
+    return [ask(evidence) for ask in QUESTIONS]
+
+
+# ---------------------------------------------------------------------- the suites
+
+
+def answer_related(evidence: Evidence) -> Answer:
+    """Tasks that have much in common, as those of a suite."""
+    question = "Several related tasks, trained together: which method?"
+    studies = [study for study in evidence.studies if study.compared is not None and study.group.tuned is not None]
+    if not studies:
+        return _not_run(question, "python -m benchmarks.run --suite glue --data-dir DATA")
+    verdicts = pd.concat([_trained(study)["verdict"] for study in studies])
+    decided = verdicts.isin(["better", "worse", "equivalent"])
+    strength = Strength.DECIDED if decided.all() else Strength.PARTLY if decided.any() else Strength.UNDECIDED
+    sentences = tuple(_tell_study(study) for study in studies)
+    return Answer(question, sentences, tuple(_link_study(study, "comparison") for study in studies), strength)
+
+
+def _trained(study: Study) -> pd.DataFrame:
+    assert study.compared is not None
+    methods = study.frame.drop_duplicates("label").set_index("label")["method"]
+    return study.compared[~study.compared["method"].map(methods).map(is_baseline)]
+
+
+def _tell_study(study: Study) -> str:
+    """What a comparison with the reference decided, in one sentence."""
+    rows = _trained(study)
+    parts = []
+    for word in ("better", "worse", "equivalent"):
+        some = rows[rows["verdict"] == word]
+        if len(some):
+            parts.append(f"{word}: {', '.join(_tell_difference(row) for _, row in some.iterrows())}")
+    left = rows[~rows["verdict"].isin(["better", "worse", "equivalent"])]
+    for verdict, some in left.groupby("verdict", sort=False):
+        parts.append(f"{verdict}: {', '.join(_tell_difference(row) for _, row in some.iterrows())}")
+    seeds = int(rows["seeds"].max()) if len(rows) else 0
+    where = f"{study.folder.name}, {study.steps} steps, {seeds} seed{'s' if seeds != 1 else ''}"
+    return f"{where}, beside {study.reference}: {'; '.join(parts) or 'nothing is compared'}."
+
+
+def _tell_difference(row: pd.Series) -> str:
+    return f"{row['method']} ({100 * row['difference']:+.1f} ± {100 * row['half_width']:.1f} points)"
+
+
+# ---------------------------------------------------------------------- the mechanisms
+
+
+def answer_contradicting(evidence: Evidence) -> Answer:
+    """Tasks whose answers to the same input differ."""
+    question = "Tasks that contradict each other: which method?"
+    found = evidence.mechanisms.get("conflict")
+    if found is None:
+        return _not_run(question, MECHANISMS)
+    return _answer_teacher(question, found, "conflict", max(found.frame["conflict"]))
+
+
+def answer_many(evidence: Evidence) -> Answer:
+    """Dozens of tasks."""
+    question = "Many tasks: which method?"
+    found = evidence.mechanisms.get("tasks")
+    if found is None:
+        return _not_run(question, f"{MECHANISMS} --tasks tasks")
+    most = max(found.frame["tasks"])
+    answer = _answer_teacher(question, found, "tasks", most)
+    few = min(found.frame["tasks"])
+    best, *_ = find_best(_contest(found, tasks=most))
+    return Answer(
+        question,
+        (*answer.sentences, f"At {few} tasks {best} explains {_score(found, best, tasks=few)}."),
+        answer.evidence,
+        answer.strength,
+    )
+
+
+def answer_without_ids(evidence: Evidence) -> Answer:
+    """No one says at inference which task a row is of."""
+    question = "No task ids at inference: which method?"
+    found = evidence.mechanisms.get("conflict")
+    if found is None:
+        return _not_run(question, MECHANISMS)
+    deaf = [name for name in found.deaf() if name != found.oracle]
+    low, high = min(found.frame["conflict"]), max(found.frame["conflict"])
+    rows = _contest(found, conflict=low)
+    best, near, below = find_best(rows[rows["method"].isin(deaf)])
+    sentences = (
+        f"{', '.join(deaf)} need no ids: wrong ids change none of their answers.",
+        (
+            f"Where all tasks ask for one update, {best} explains most of these, {_score(found, best, conflict=low)}"
+            f"{_beaten(near, below)}"
+        ),
+        (
+            f"Where tasks contradict each other, no method can do without ids: the {BOUND} explains "
+            f"{_shown(found.at(conflict=high)['bound'])}."
+        ),
+    )
+    links = (_link(found, "swap-loss"), _link(found, "scores"))
+    return Answer(question, sentences, links, _strength(near, below))
+
+
+def answer_merged(evidence: Evidence) -> Answer:
+    """The adapter must be folded into the weights."""
+    question = "The adapter must be merged: which method?"
+    found = evidence.mechanisms.get("conflict")
+    if found is None:
+        return _not_run(question, MECHANISMS)
+    high = max(found.frame["conflict"])
+    rows = _contest(found, conflict=high)
+    names = [str(name) for name in rows["method"].unique()]
+    folding = [name for name in names if merges(name)]
+    best, near, below = find_best(rows[rows["method"].isin(folding)])
+    sentences = (
+        f"{', '.join(name for name in names if name not in folding) or 'No method'} cannot be merged.",
+        (
+            f"Of those that can, {best} explains most of tasks that contradict each other, "
+            f"{_score(found, best, conflict=high)}{_beaten(near, below)}"
+        ),
+        "On related tasks the first answer holds, without those that cannot.",
+    )
+    return Answer(question, sentences, (_link(found, "scores"), _link(found, "pairs")), _strength(near, below))
+
+
+def answer_smallest(evidence: Evidence) -> Answer:
+    """As few parameters as possible at the reference's score."""
+    question = "Fewest parameters at an equal score: which method?"
+    found = evidence.mechanisms.get("sizes")
+    if found is None:
+        return _not_run(question, f"{MECHANISMS} --tasks sizes")
+    experiment = found.asked.experiment
+    rank = experiment.ranks_of_reference[len(experiment.ranks_of_reference) // 2]
+    sentences, certain = [], []
+    (field,) = experiment.vary
+    for value in experiment.vary[field]:
+        rows = found.at(**{field: value})
+        told = []
+        for name in [name for name in rows["method"].unique() if name != experiment.reference]:
+            logs = [
+                multiplier(rows[rows["seed"] == seed], experiment.reference, str(name), rank)
+                for seed in experiment.seeds
+            ]
+            finite = [log for log in logs if np.isfinite(log)]
+            if len(finite) < max(2, len(logs) / 2):
+                continue
+            mean, half = interval(finite)
+            certain.append(abs(mean) > half)
+            if mean > 0:
+                low, high = np.exp(mean - half), np.exp(mean + half)
+                told.append((mean, f"{name} {np.exp(mean):.2g} times fewer ({low:.2g} to {high:.2g})"))
+        best = "; ".join(text for _, text in sorted(told, reverse=True)) or "no method needs fewer"
+        sentences.append(f"{field} {value:g}, for the score of {experiment.reference} at rank {rank}: {best}.")
+    strength = Strength.DECIDED if all(certain) else Strength.PARTLY if any(certain) else Strength.UNDECIDED
+    return Answer(question, tuple(sentences), (_link(found, "multipliers"),), strength)
+
+
+# ---------------------------------------------------------------------- speed
+
+
+def answer_fastest(evidence: Evidence) -> Answer:
+    """The shortest training step."""
+    question = "Fastest to train: which method?"
+    tables = [table for table in evidence.speed if "Training step" in table["title"] and _ratio(table) is not None]
+    if not tables:
+        return _not_run(question, "python -m benchmarks.speed --backbone minilm --methods all --mode train")
+    sentences, links = [], []
+    for table in tables:
+        rows = pd.DataFrame(table["rows"], columns=table["columns"])
+        ratio = str(_ratio(table))
+        own = rows[~rows["contestant"].str.contains("frozen|peft")]
+        known = own.assign(number=own[ratio].str.extract(r"([\d.]+)", expand=False).astype(float))
+        known = known.dropna(subset=["number"]).sort_values("number")
+        told = ", ".join(f"{row['contestant']} {row[ratio]}" for _, row in known.iterrows())
+        sentences.append(f"{table['title']}, {ratio.removeprefix('x ')} as 1: {told}.")
+        links.append(Link(table["title"], _below(evidence, table["file"])))
+    sentences.append("Merged adapters cost nothing at inference.")
+    return Answer(question, tuple(sentences), tuple(dict.fromkeys(links)), Strength.MEASURED)
+
+
+def _ratio(table: dict[str, Any]) -> str | None:
+    """The column of times over those of the reference, where the table has one."""
+    return next((column for column in table["columns"] if column.startswith("x ")), None)
+
+
+QUESTIONS: tuple[Callable[[Evidence], Answer], ...] = (
+    answer_related,
+    answer_contradicting,
+    answer_many,
+    answer_without_ids,
+    answer_merged,
+    answer_smallest,
+    answer_fastest,
+)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _answer_teacher(question: str, found: Mechanism, field: str, value: float) -> Answer:
+    """The best method on one teacher, beside the bound and the reference."""
+    rows = _contest(found, **{field: value})
+    best, near, below = find_best(rows)
+    reference = found.asked.experiment.reference
+    sentences = [
+        f"At {field} {value:g}, {best} explains {_score(found, best, **{field: value})}{_beaten(near, below)}",
+        f"The {BOUND} explains R2 {_shown(rows['bound'])}.",
+        f"The oracle, {found.oracle}, explains {_score(found, found.oracle, **{field: value})}.",
+    ]
+    if best != reference:
+        sentences.append(f"{reference} explains {_score(found, reference, **{field: value})}.")
+    return Answer(question, tuple(sentences), (_link(found, "scores"), _link(found, "pairs")), _strength(near, below))
+
+
+def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
+    """The rows of one teacher, without the oracle: it shares nothing, so that it is no answer."""
+    rows = found.at(**where)
+    return rows[rows["method"] != found.oracle]
+
+
+def _beaten(near: Sequence[str], below: Sequence[str]) -> str:
+    said = f", decided above {', '.join(below)}" if below else ", decided above no other method"
+    return f"{said}; not told apart from {', '.join(near)}." if near else f"{said}."
+
+
+def _strength(near: Sequence[str], below: Sequence[str]) -> Strength:
+    return Strength.DECIDED if not near else Strength.PARTLY if below else Strength.UNDECIDED
+
+
+def _score(found: Mechanism, method: str, **where: float) -> str:
+    rows = found.at(**where)
+    return f"R2 {_shown(rows[rows['method'] == method]['score'])}"
+
+
+def _shown(values: pd.Series) -> str:
+    mean, half = interval(values.dropna().tolist())
+    return f"{mean:.2f}" if np.isnan(half) or half < 0.005 else f"{mean:.2f} ± {half:.2f}"
+
+
+def _link(found: Mechanism, table: str) -> Link:
+    name = f"{found.asked.experiment.name}-{table}"
+    return Link(name, f"mechanisms/tables/{name}.md")
+
+
+def _link_study(study: Study, table: str) -> Link:
+    return Link(study.folder.name, f"{study.folder.name}/tables/{table}.md")
+
+
+def _below(evidence: Evidence, file: str) -> str:
+    return file.removeprefix(f"{evidence.root.as_posix()}/")
+
+
+def _not_run(question: str, command: str) -> Answer:
+    return Answer(question, (f"Not run yet: `{command}`.",), (), Strength.NOT_RUN)

@@ -1,0 +1,270 @@
+"""The verdict: answers and rulings come from records; what is missing is said or refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from benchmarks import report
+from benchmarks.mechanisms.asked import Asked
+from benchmarks.mechanisms.command import run_mechanisms
+from benchmarks.mechanisms.experiments import Experiment
+from benchmarks.mechanisms.frame import Incomplete
+from benchmarks.mechanisms.students import Lesson
+from benchmarks.protocols.halving import Halving
+from benchmarks.records.schema import Tuning
+from benchmarks.report import Options, run
+from benchmarks.reporting.build import write_report
+from benchmarks.verdict.claims import (
+    CountClaim,
+    ExperimentClaim,
+    Found,
+    MultiplierClaim,
+    SuiteClaim,
+    read_claims,
+    rule_on_claims,
+)
+from benchmarks.verdict.evidence import Evidence, Mechanism, Strength
+from benchmarks.verdict.page import write_verdict
+from benchmarks.verdict.questions import answer_all, answer_contradicting, answer_merged, answer_without_ids
+from tests.support.tables import fill
+
+CONFLICT = Experiment(
+    name="conflict",
+    question="Does it run?",
+    teacher={"width": 16, "inner": 24, "tasks": 3},
+    vary={"conflict": (0.0, 1.0)},
+    oracle="lora-per-task",
+    reference="lora",
+    lesson=Lesson(steps=12, warmup=3, rows=8, exams=(), exam_rows=16),
+    tuning=Halving(rates=(1e-3, 1e-2), seeds=(1000,), first_steps=4, extensions=1),
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A suite and an experiment below one root."""
+    root = tmp_path_factory.mktemp("work") / "results"
+    fill(root / "small", tuned=Tuning(rates=(1e-4, 1e-3), seed=1000, steps=20, head_learning_rate=None))
+    write_report(root / "small")
+    methods = ("moelora", "mixlora")
+    run_mechanisms([CONFLICT], methods, root / "mechanisms", jobs=1, command="as typed", say=lambda _: None)
+    return root
+
+
+@pytest.fixture
+def work(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy that a test may damage; the current folder."""
+    shutil.copytree(results, tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pretend(scores: dict[str, list[float]], *, experiment: Experiment = CONFLICT, **columns: object) -> Mechanism:
+    """An experiment whose teacher of conflict 1 gave these scores by seed."""
+    rows = [
+        {"method": method, "conflict": 1.0, "seed": seed, "score": score, "bound": 0.1, "size": np.nan, **columns}
+        for method, own in scores.items()
+        for seed, score in enumerate(own)
+    ]
+    seeds = tuple(range(len(next(iter(scores.values())))))
+    asked = Asked(experiment=experiment.model_copy(update={"seeds": seeds}), methods=tuple(scores), command="none")
+    return Mechanism(asked, pd.DataFrame(rows))
+
+
+def with_mechanisms(**mechanisms: Mechanism) -> Evidence:
+    evidence = Evidence(Path("nowhere"))
+    evidence.__dict__["mechanisms"] = mechanisms
+    return evidence
+
+
+SCORES = {
+    "lora": [0.10, 0.11, 0.09, 0.10],
+    "moelora": [0.99, 1.00, 0.98, 0.97],
+    "more": [0.98, 1.00, 0.99, 0.99],
+    "mixlora": [0.30, 0.31, 0.29, 0.31],
+    "lora-per-task": [1.0, 1.0, 1.0, 1.0],
+}
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_the_best_is_named_with_whom_it_beats_and_whom_it_does_not() -> None:
+    answer = answer_contradicting(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5)))
+    first = answer.sentences[0]
+    beaten, _, near = first.partition("not told apart from")
+    assert "moelora explains" in beaten or "more explains" in beaten
+    assert {"lora", "mixlora"} <= set(beaten.replace(",", " ").replace(";", " ").split())
+    assert near.strip(" .") in ("more", "moelora")
+    assert answer.strength is Strength.PARTLY
+
+
+def test_an_oracle_is_no_answer() -> None:
+    for answer in (
+        answer_contradicting(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5))),
+        answer_merged(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5))),
+    ):
+        assert not any(sentence.startswith("lora-per-task") for sentence in answer.sentences)
+
+
+def test_what_cannot_be_merged_does_not_win_among_what_must_be() -> None:
+    scores = SCORES | {"mixlora": [2.0, 2.1, 2.2, 2.0]}
+    answer = answer_merged(with_mechanisms(conflict=pretend(scores, swap_loss=0.5)))
+    assert answer.sentences[0].startswith("mixlora ")
+    assert "mixlora" not in answer.sentences[1]
+
+
+def test_methods_that_ids_do_not_reach_are_found_by_their_answers() -> None:
+    found = pretend(SCORES)
+    found.frame["swap_loss"] = found.frame["method"].map({"lora": 0.0, "mixlora": 0.0}).fillna(0.4)
+    answer = answer_without_ids(with_mechanisms(conflict=found))
+    assert answer.sentences[0].startswith("lora, mixlora ")
+    assert "mixlora explains" in answer.sentences[1]
+    assert answer.strength is Strength.DECIDED
+
+
+def test_what_was_not_run_is_said_with_its_command(tmp_path: Path) -> None:
+    answers = answer_all(Evidence(tmp_path))
+    assert len(answers) == 7
+    assert {answer.strength for answer in answers} == {Strength.NOT_RUN}
+    assert all("python -m benchmarks." in answer.sentences[0] for answer in answers)
+
+
+# ---------------------------------------------------------------------- claims
+
+
+def claim(method: str, than: str | None, *, below: bool = False) -> ExperimentClaim:
+    return ExperimentClaim(
+        text="?", source="?", kind="experiment", experiment="conflict", where={"conflict": 1.0}, measure="score",
+        method=method, than=than, below=below,
+    )  # fmt: skip
+
+
+def test_rulings_follow_paired_t_and_holm() -> None:
+    evidence = with_mechanisms(conflict=pretend(SCORES))
+    asked = [
+        claim("moelora", "lora"),
+        claim("lora", "moelora"),
+        claim("moelora", "more"),
+        claim("lora", "bound"),
+        claim("lora", "moelora", below=True),
+        claim("ept", "lora"),
+    ]
+    ruled = rule_on_claims(evidence, asked)
+    rulings = [one.ruling for one in ruled]
+    assert rulings == ["reproduced", "refuted here", "undecided here", "undecided here", "reproduced", "untested here"]
+    difference = np.subtract(SCORES["moelora"], SCORES["lora"])
+    assert ruled[0].found.p == pytest.approx(stats.ttest_1samp(difference, 0).pvalue)
+
+
+def test_one_claim_among_many_needs_more() -> None:
+    scores = SCORES | {"ept": [0.12, 0.14, 0.10, 0.13]}
+    evidence = with_mechanisms(conflict=pretend(scores))
+    p = claim("ept", "lora").test(evidence).p
+    assert p is not None
+    assert p < 0.05
+    assert rule_on_claims(evidence, [claim("ept", "lora")])[0].ruling == "reproduced"
+    many = [claim("ept", "lora"), *[claim("moelora", "more")] * 3, claim("lora", "bound")]
+    adjusted = multipletests([one.test(evidence).p for one in many], method="holm")[1][0]
+    expected = "reproduced" if adjusted < 0.05 else "undecided here"
+    assert rule_on_claims(evidence, many)[0].ruling == expected
+
+
+def test_a_score_that_is_never_reached_refutes_fewer_parameters() -> None:
+    sizes = CONFLICT.model_copy(update={"name": "sizes", "ranks_of_reference": (1, 2)})
+    rows = [
+        {"method": method, "conflict": 0.0, "seed": seed, "size": size, "parameters": 100 * size, "score": score}
+        for seed in range(8)
+        for method, score in (("lora", 0.9), ("tucka", 0.2))
+        for size in (1, 2)
+    ]
+    asked = Asked(experiment=sizes.model_copy(update={"seeds": tuple(range(8))}), methods=(), command="none")
+    evidence = with_mechanisms(sizes=Mechanism(asked, pd.DataFrame(rows)))
+    one = MultiplierClaim(
+        text="?", source="?", kind="multiplier", experiment="sizes", where={"conflict": 0.0}, method="tucka"
+    )
+    assert rule_on_claims(evidence, [one])[0].ruling == "refuted here"
+
+
+def test_a_count_that_no_convention_gives_is_not_reproduced(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    text = "# x\n\n| setting | method | verdict | source |\n|:--|:--|:--|:--|\n| s | ept | {} | paper |\n"
+    one = CountClaim(text="?", source="?", kind="count", setting="s", methods=("ept",))
+    for verdict, expected in (("reproduced: all", "reproduced"), ("unexplained: none", "not reproduced")):
+        (tmp_path / "tables" / "claims.md").write_text(text.format(verdict))
+        assert rule_on_claims(Evidence(tmp_path), [one])[0].ruling == expected
+
+
+def test_a_suite_claim_is_the_paired_difference_of_the_records(results: Path) -> None:
+    evidence = Evidence(results)
+    one = SuiteClaim(text="?", source="?", kind="suite", suites=("small",), method="bravo", than="alpha")
+    found: Found = one.test(evidence)
+    assert found.p is not None
+    assert found.evidence[0].path.startswith("small/")
+    other = one.model_copy(update={"method": "alpha", "than": "bravo"}).test(evidence)
+    assert other.p == pytest.approx(found.p)
+    assert other.holds is not found.holds
+
+
+def test_every_claim_of_the_file_names_what_exists() -> None:
+    claims = read_claims()
+    assert len(claims) > 20
+    assert len({(one.text, one.source) for one in claims}) == len(claims)
+
+
+# ---------------------------------------------------------------------- the page and its records
+
+
+def test_the_committed_page_is_checked(work: Path) -> None:
+    assert run(Options(verdict=True)) == 0
+    assert run(Options(verdict=True, check=True)) == 0
+    page = work / "docs" / "verdict.md"
+    page.write_text(page.read_text().replace("explains", "nearly explains"))
+    assert run(Options(verdict=True, check=True)) == 1
+    table = work / "results" / "mechanisms" / "tables" / "conflict-scores.md"
+    table.write_text(table.read_text() + "x")
+    assert run(Options(check=True)) == 1
+
+
+def test_every_link_of_the_page_leads_to_a_file(work: Path) -> None:
+    text = write_verdict(work / "results")
+    links = re.findall(r"\]\(\.\./(results/[^)]+)\)", text)
+    assert links
+    assert all((work / link).is_file() for link in links)
+
+
+def test_a_deleted_run_is_refused_and_a_deleted_record_changes_the_page(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = write_verdict(work / "results")
+    record = next((work / "results" / "small" / "records").glob("bravo-s0*.json"))
+    record.unlink()
+    assert write_verdict(work / "results") != before
+    archive = work / "results" / "mechanisms" / "runs.jsonl"
+    lines = archive.read_text().splitlines()
+    reported = next(line for line in lines if json.loads(line)["run"]["seed"] == 0)
+    archive.write_text("\n".join(line for line in lines if line != reported) + "\n")
+    with pytest.raises(Incomplete):
+        write_verdict(work / "results")
+    monkeypatch.setattr("sys.argv", ["report", "--verdict", "--check"])
+    capsys.readouterr()
+    assert report.main() == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "missing" in line
+
+
+def test_a_damaged_note_of_what_was_asked_is_one_line(work: Path) -> None:
+    (work / "results" / "mechanisms" / "asked" / "conflict.json").write_text("{}")
+    with pytest.raises(report.RecordError, match=r"conflict\.json"):
+        run(Options(verdict=True))
