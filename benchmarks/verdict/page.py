@@ -60,7 +60,8 @@ def describe_answers(results: Path) -> list[dict[str, Any]]:
             "answer": " ".join(answer.sentences).replace("`", ""),
             "strength": answer.strength.value,
             "links": [
-                {"text": link.text, "section": section_of(link.path.partition("/")[0])} for link in answer.evidence
+                {"text": link.text, "folder": link.folder, "section": section_of(link.folder)}
+                for link in answer.evidence
             ],
         }
         for answer in answer_all(Evidence(results))
