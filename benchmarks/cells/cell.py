@@ -20,6 +20,7 @@ from benchmarks.cells.examination import Examiner
 from benchmarks.cells.heads import Head, fit_heads, start_from
 from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.routing import collect
+from benchmarks.cells.swaps import swap_ids
 from benchmarks.cells.timing_pass import Measurement, measure
 from benchmarks.cells.train import TrainingLog, make_trainer, train, training_batches
 from benchmarks.families import AnyFamily, AnyModel, family_of
@@ -29,7 +30,7 @@ from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.records.failures import one_line, status_of, traceback_tail
 from benchmarks.records.provenance import code_state, gather
-from benchmarks.records.schema import Parameters, Routing, RunRecord, Status, Timing
+from benchmarks.records.schema import Parameters, Routing, RunRecord, Status, Swapped, Timing
 from benchmarks.tasks.base import TaskData
 from moepeft import Attachment
 from moepeft.counting import count_added_by_task
@@ -95,6 +96,7 @@ class _Findings:
     evaluation: Evaluation | None = None
     measurement: Measurement | None = None
     routing: Routing | None = None
+    swapped: Swapped | None = None
     setup_seconds: float = 0.0
     evaluate_seconds: float = 0.0
 
@@ -147,6 +149,7 @@ def run_cell(planned: PlannedCell, bench: Bench, on_step: OnStep) -> tuple[RunRe
         backbone=found.backbone,
         sources=bench.sources,
         routing=found.routing,
+        swapped=found.swapped,
         outcomes=None,  # named by the store
         provenance=provenance,
     )
@@ -183,6 +186,7 @@ def _run(planned: PlannedCell, bench: Bench, found: _Findings, on_step: OnStep) 
         found.evaluate_seconds = time.perf_counter() - start
         if protocol.evaluate_on == "reported":
             found.routing = collect(model, bench.tasks, family, autocast=autocast)
+            found.swapped = swap_ids(model, bench.tasks, family, autocast=autocast)
     if not bench.timed or planned.cell.trial or trainer is None:
         return
     found.measurement = measure(trainer, family, protocol.timing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -31,9 +31,17 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, *, batch_size: int, autocast: bool
+    model: AnyModel,
+    tasks: Sequence[TokenisedTask],
+    family: AnyFamily,
+    *,
+    batch_size: int,
+    autocast: bool,
+    told: int | None = None,
 ) -> Evaluation:
     """Score all tasks. Batches hold rows of one task, sorted by length: the same batches for every method.
+
+    With `told`, adapters are told this task id for the rows of every task; heads stay those of the rows' own task.
 
     A generated answer that cannot be read counts as a wrong one, a score that cannot be read as the mean score of the
     training rows; the note of the task's score says how many there were.
@@ -51,6 +59,8 @@ def evaluate_model(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
             batch = family.scoring_batch([(position, task.validation[row]) for row in places]).to(device)
+            if told is not None:
+                batch = replace(batch, task_ids=torch.full_like(batch.task_ids, told))
             with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 found = model.predict(batch)
             chosen[places] = found.chosen.double().cpu()

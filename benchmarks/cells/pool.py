@@ -169,6 +169,7 @@ def _death(planned: PlannedCell, bench: Bench, code: int | None) -> RunRecord:
         sources=bench.sources,
         backbone=None,
         routing=None,
+        swapped=None,
         outcomes=None,
         provenance=gather(bench.device, planned.cell.protocol.precision, bench.command),
     )

@@ -154,7 +154,7 @@ def _run_facts(record: RunRecord, protocol: str, key: str, label: str) -> tuple[
 
 def _measure(record: RunRecord) -> Iterator[Measured]:
     """Every number of a record; a single empty row where there is none."""
-    numbers = [*_scores(record), *_costs(record), *_curve(record)]
+    numbers = [*_scores(record), *_costs(record), *_curve(record), *_swaps(record)]
     yield from numbers or [(None, None, None, False, None, None, record.reason)]
 
 
@@ -190,6 +190,15 @@ def _curve(record: RunRecord) -> Iterator[Measured]:
         for task in check.metrics:
             yield task, check.step, "checkpoint.metric", False, check.metrics[task], None, None
             yield task, check.step, "checkpoint.skill", False, check.skills.get(task), None, None
+
+
+def _swaps(record: RunRecord) -> Iterator[Measured]:
+    if record.swapped is None:
+        return
+    for task, row in zip(record.swapped.tasks, record.swapped.skills, strict=True):
+        for told, skill in zip(record.swapped.tasks, row, strict=True):
+            yield task, None, f"swapped.{told}", False, skill, None, None
+    yield None, None, "swapped.lost", False, record.swapped.lost, None, None
 
 
 def _flatten(part: BaseModel, prefix: str) -> Iterator[tuple[str, float]]:

@@ -225,6 +225,24 @@ class Routing(_Strict):
     embeddings: TaskEmbeddings | None = None
 
 
+class Swapped(_Strict):
+    """What a method that is routed by task ids scores under every id."""
+
+    tasks: list[str]
+    rows: dict[str, int] = Field(description="rows scored, by task")
+    skills: list[list[float]] = Field(
+        description="1 - NLL / NLL(prior): the rows of a task (outer) under the id of a task (inner), own heads"
+    )
+
+    @property
+    def lost(self) -> float:
+        """Mean skill that a wrong id costs; 0: the routing is decoration."""
+        number = len(self.tasks)
+        right = sum(row[at] for at, row in enumerate(self.skills)) / number
+        wrong = sum(sum(row) - row[at] for at, row in enumerate(self.skills)) / (number * (number - 1))
+        return right - wrong
+
+
 class Provenance(_Strict):
     """Where and with what a record was made."""
 
@@ -244,7 +262,7 @@ class Provenance(_Strict):
 class RunRecord(_Strict):
     """Everything known of one cell. `status` other than ``ok`` keeps what there was and says why in `reason`."""
 
-    unwritten = frozenset({"checkpoints"})
+    unwritten = frozenset({"checkpoints", "swapped"})
 
     schema_version: Literal[3] = SCHEMA_VERSION
     cell: Cell
@@ -261,6 +279,7 @@ class RunRecord(_Strict):
     backbone: str | None = Field(None, description="one line: model, parameters, revision, what it was trained on")
     sources: dict[str, str] = Field(default_factory=dict, description="task name -> where its rows come from")
     routing: Routing | None = Field(None, description="None for what has no experts")
+    swapped: Swapped | None = Field(None, description="None for what ids do not route")
     outcomes: str | None = Field(None, description="file name of the per-example outcomes (parquet)")
     provenance: Provenance
 

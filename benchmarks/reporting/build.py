@@ -25,6 +25,7 @@ from benchmarks.reporting.ranks import ranks_tables
 from benchmarks.reporting.render import Table, to_csv, to_latex, to_markdown
 from benchmarks.reporting.scores import scores_table
 from benchmarks.reporting.skill import skill_tables
+from benchmarks.reporting.swapped import swapped_tables
 from benchmarks.reporting.throughput import throughput_table
 from benchmarks.reporting.tuning import tuning_tables
 from benchmarks.reporting.views import choose_reference
@@ -116,6 +117,7 @@ def make_tables(
         *tables,
         *ranks_tables(frame),
         *progress_tables(frame, reference, endpoint),
+        *swapped_tables(frame),
         *costs,
         *tuning_tables(frame, endpoint),
     ]
