@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 
-import moepeft
 from benchmarks.mechanisms.students import Lesson
 from benchmarks.mechanisms.teachers import Curriculum, FeedForward
 from benchmarks.methods.matching import count, nearest
+from benchmarks.methods.parse import parse_method
+from benchmarks.methods.registered import Moepeft
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.halving import Halving
 from moepeft import AdapterFactory
@@ -70,14 +72,26 @@ class Experiment(BaseModel):
 
     def students(self, method: str, curriculum: Curriculum) -> Iterator[tuple[int | None, AdapterFactory]]:
         """A method at its own size (None), or at the reference's size for each of the ranks."""
-        factory = moepeft.method(method, num_tasks=curriculum.tasks)
+        factory = configure(method, curriculum.tasks)
         if not self.ranks_of_reference:
             yield None, factory
             return
         sites = find_sites(FeedForward(curriculum.width, curriculum.inner))
         for rank in self.ranks_of_reference:
-            target = count(moepeft.method(self.reference, num_tasks=curriculum.tasks, rank=rank), sites)
+            target = count(replace(configure(self.reference, curriculum.tasks), rank=rank), sites)
             yield rank, nearest(factory, sites, target).factory
+
+
+def configure(method: str, tasks: int) -> Any:
+    """The configuration of a registered method, by name, preset and fields as on the command line.
+
+    Raises:
+        UsageError: the method is not one of this library's.
+    """
+    parsed = parse_method(method, tasks)
+    if not isinstance(parsed, Moepeft):
+        raise UsageError(f"{method!r} is no method of this library; the mechanisms compare registered methods")
+    return parsed.factory
 
 
 def available_experiments() -> tuple[str, ...]:

@@ -251,6 +251,15 @@ def test_the_command_runs_an_experiment_of_ones_own(tmp_path: Path, capsys: pyte
     assert (tmp_path / "out" / "tables" / "own-scores.csv").is_file()
 
 
+def test_fields_of_the_command_line_configure_a_student() -> None:
+    (curriculum,) = {one.tasks: one for one in TINY.curricula()}.values()
+    ((size, factory),) = TINY.students("mixlora@released+balance_coefficient=0", curriculum)
+    assert size is None
+    assert factory == moepeft.method("mixlora@released", num_tasks=3, balance_coefficient=0)
+    with pytest.raises(UsageError, match="majority"):
+        list(TINY.students("majority", curriculum))
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [(["--backbone", "minilm"], "--backbone"), (["--tasks", "nothing"], "nothing"), (["--methods", "lorra"], "lorra")],
