@@ -188,21 +188,16 @@ class TextBatch(Batch):
     Attributes:
         labels: token ids of the candidates, -100 where there is none; in the layout of the family that made them.
         valid: which candidates exist, shape (rows, candidates).
-        tasks: position of every row's task in the protocol, shape (rows,).
+        tasks: position of every row's task in the protocol; on the host, which need not wait to ask.
     """
 
     labels: Tensor
     valid: Tensor
-    tasks: Tensor
+    tasks: tuple[int, ...]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with `function` of every tensor."""
-        return replace(
-            super().map(function),
-            labels=function(self.labels),
-            valid=function(self.valid),
-            tasks=function(self.tasks),
-        )
+        return replace(super().map(function), labels=function(self.labels), valid=function(self.valid))
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -106,10 +106,10 @@ class Causal(TextFamily):
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": positions - 1}
         if self.padding_side == "left":
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        tasks = torch.tensor([task for task, _ in rows])
+        tasks = tuple(task for task, _ in rows)
         return TextBatch(
             inputs=inputs,
-            task_ids=tasks.repeat(len(table)),
+            task_ids=torch.tensor(tasks * len(table)),
             rows=len(rows),
             tokens=int(mask.sum()),
             padded_tokens=ids.numel(),

@@ -147,10 +147,10 @@ def prompts_and_answers(
     ids, mask = padded([row.prompt for _, row in rows], pad_token_id, side=side)
     table, valid = label_table([row for _, row in rows], candidates)
     flat, _ = padded([tokens for column in table for tokens in column], IGNORED, multiple=1)
-    tasks = torch.tensor([task for task, _ in rows])
+    tasks = tuple(task for task, _ in rows)
     return TextBatch(
         inputs={"input_ids": ids, "attention_mask": mask},
-        task_ids=tasks,
+        task_ids=torch.tensor(tasks),
         rows=len(rows),
         tokens=int(mask.sum()),
         padded_tokens=ids.numel(),
@@ -189,7 +189,7 @@ class TextModel(Model[TextBatch]):
 
         A generated text that is none of the candidates, no number or out of range is `UNREADABLE`.
         """
-        spec = self.specs[int(batch.tasks[0])]
+        spec = self.specs[batch.tasks[0]]
         if self.scoring == "generate":
             return Answers(self._generated(batch, spec))
         found: Tensor = self(batch)
