@@ -8,7 +8,7 @@ TOOLS := $(VENV)/.tools
 DOCS := $(VENV)/.docs
 LOWEST := .venv-lowest
 
-.PHONY: quick test test-slow test-exhaustive test-lowest check docs release clean architectures
+.PHONY: quick test test-slow test-exhaustive test-lowest check docs gpu release clean architectures
 
 quick: $(READY)  ## install, then compare three methods on four generated tasks: tables and a page, within 5 minutes
 	$(BIN)/python -m benchmarks.run --methods lora,ept,tucka --tasks q_sst2,q_stsb,q_mnli,q_openbookqa --steps 100 --eval-rows 100
@@ -21,6 +21,9 @@ test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several pro
 
 test-exhaustive: $(DOCS)  ## every method, preset, host and phase: an hour and more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m exhaustive
+
+gpu:  ## nine minutes of what a GPU is to do, DATA=folder; again until all is done; REHEARSE=1 on the CPU; installs nothing
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(if $(DATA),--data-dir $(DATA)) $(if $(REHEARSE),--rehearse)
 
 architectures: $(TOOLS)  ## rebuild docs/architectures.md: every method on every architecture, minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.library.architectures

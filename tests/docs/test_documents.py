@@ -126,7 +126,7 @@ def parse(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any
 
         return parse_and_stop
 
-    packages = ("benchmarks.speed", "tests.library.architectures")
+    packages = ("benchmarks.gpu", "benchmarks.speed", "tests.library.architectures")
     command = importlib.import_module(f"{module}.__main__" if module in packages else module)
     monkeypatch.setattr(sys, "argv", [module, *words])
     with monkeypatch.context() as patch:

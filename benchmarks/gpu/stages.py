@@ -1,0 +1,130 @@
+"""The stages: what each runs, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.protocols.errors import UsageError
+
+TESTS = Path("tests/library/device/test_accelerator.py")
+SHAPES = ("t5-base", "llama-2-7b")
+# Compiling all 32 layers of three contestants takes longer than a call.
+COMPILED_LAYERS = {"llama-2-7b": 8}
+STUDIED = "lora,moelora,more,mixlora,tucka@routing=row,ept"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run tests, speed tables and the study on a GPU, piece by piece: give the same command until its exit code is 0.
+
+    The exit code is 0 when all stages are done, 75 when there is more to do, 1 when a stage failed, 2 for wrong usage.
+    """
+
+    data_dir: Path | None = None
+    """Folder with the study's data as parquet files."""
+    results: Path | None = None
+    """Folder for all that is written; unset: results/gpu, of a rehearsal build/gpu-rehearsal."""
+    minutes: float = 9
+    """Time of one call."""
+    stages: tuple[str, ...] = ()
+    """Comma-separated stages, by name or by the beginning of names, e.g. tests,speed; unset: all."""
+    rehearse: bool = False
+    """The same stages with tiny shapes on the CPU."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return self.results or Path("build/gpu-rehearsal" if self.rehearse else "results/gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: in messages and files.
+        words: what Python is called with.
+        output: what the command writes last.
+        resumes: whether the command goes on where it was stopped; else one call must be long enough for it.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    output: Path
+    resumes: bool = False
+
+    @property
+    def command(self) -> str:
+        """As one types it."""
+        return " ".join(["python", *self.words])
+
+
+def plan_stages(options: Options) -> list[Stage]:
+    """All stages, in their order."""
+    import moepeft
+
+    rehearse, folder = options.rehearse, options.folder
+    compiled = ("lora",) if rehearse else moepeft.available()
+    return [
+        _tests(folder),
+        *(_speed(shape, folder / "speed", rehearse=rehearse) for shape in SHAPES),
+        *(_compiled(shape, name, folder, rehearse=rehearse) for shape in SHAPES for name in compiled),
+        _study(options),
+    ]
+
+
+def _tests(folder: Path) -> Stage:
+    output = folder / "tests.xml"
+    return Stage("tests", ("-m", "pytest", "-q", "-m", "gpu", f"--junitxml={output}", str(TESTS)), output)
+
+
+def _speed(shape: str, folder: Path, *more: str, methods: str = "all", rehearse: bool, name: str = "speed") -> Stage:
+    """Every contestant in one sitting: a ratio is one of turns in one sitting."""
+    output = folder / f"{shape}.json"
+    flags = ["--backbone", shape, "--dtype", "bf16", "--results", str(folder), "--json", str(output)]
+    if rehearse:
+        flags += ["--methods", "lora", "--device", "cpu", "--mode", "host", "--warmup", "1", "--repeats", "1"]
+    else:
+        flags += ["--methods", methods, "--device", "cuda", *more]
+    return Stage(f"{name}-{shape}", ("-m", "benchmarks.speed", *flags), output)
+
+
+def _compiled(shape: str, method: str, folder: Path, *, rehearse: bool) -> Stage:
+    """One method beside the references, all compiled: a sitting for all methods would be one of hours."""
+    layers = COMPILED_LAYERS.get(shape)
+    more = ("--mode", "train", *(() if layers is None else ("--layers", str(layers))))
+    stage = _speed(shape, folder / "compiled" / method, *more, methods=method, rehearse=rehearse, name="compiled")
+    return Stage(f"{stage.name}-{method}", (*stage.words, "--compile"), stage.output)
+
+
+def _study(options: Options) -> Stage:
+    folder = options.folder / "study"
+    flags = ["--suite", "glue", "--results", str(folder)]
+    if options.rehearse:
+        flags += ["--methods", "lora", "--tasks", "q_sst2", "--backbone", "tiny-bert", "--steps", "2", "--tune", "none"]
+        flags += ["--eval-rows", "8", "--device", "cpu"]
+    else:
+        flags += ["--methods", STUDIED, "--seeds", "0,1,2,3,4", "--data-dir", str(options.data_dir), "--device", "cuda"]
+    return Stage("study", ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md", resumes=True)
+
+
+def choose_stages(options: Options) -> list[Stage]:
+    """The stages that are asked for; raises `UsageError` for what cannot be done here."""
+    stages = plan_stages(options)
+    for asked in options.stages:
+        if not any(stage.name.startswith(asked) for stage in stages):
+            raise UsageError(f"--stages {asked}: no stage begins so; give some of {', '.join(s.name for s in stages)}")
+    chosen = [stage for stage in stages if not options.stages or stage.name.startswith(options.stages)]
+    if not options.minutes > 0:
+        raise UsageError(f"--minutes {options.minutes}: give the minutes of one call, more than 0")
+    if not TESTS.is_file():
+        raise UsageError(f"{TESTS} is not here; run the command from the root of a checkout")
+    if options.rehearse:
+        return chosen
+    if any(stage.name == "study" for stage in chosen) and not (options.data_dir and options.data_dir.is_dir()):
+        raise UsageError(f"--data-dir {options.data_dir}: the study needs the folder of its data: no stage downloads")
+    from benchmarks.backbones.device import resolve_device
+
+    resolve_device("cuda")
+    return chosen
