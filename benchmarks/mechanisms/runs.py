@@ -115,8 +115,9 @@ class Outcome(_Strict):
         """Mean R2 that a wrong id costs: 0 for a method that does not listen to ids."""
         if self.score is None or len(self.swapped) < 2:
             return None
+        right = [row[task] for task, row in enumerate(self.swapped)]
         wrong = [row[told] for task, row in enumerate(self.swapped) for told in range(len(row)) if told != task]
-        return self.score - sum(wrong) / len(wrong)
+        return sum(right) / len(right) - sum(wrong) / len(wrong)
 
 
 def plan_run(curriculum: Curriculum, lesson: Lesson, method: str, factory: Any, rate: float, seed: int) -> Run:
@@ -143,15 +144,15 @@ def execute(run: Run, machine: str) -> Outcome:
         status="diverged" if report.diverged else "ok",
         parameters=report.parameters,
         curve={step: _rounded(shares) for step, shares in report.curve.items()},
-        usage={step: tuple(map(_rounded, used.tolist())) for step, used in report.usage.items()},
-        swapped=tuple(map(_rounded, report.swapped.tolist())),
+        usage={step: tuple(_rounded(row, 4) for row in used.tolist()) for step, used in report.usage.items()},
+        swapped=tuple(_rounded(row, 4) for row in report.swapped.tolist()),
         seconds=round(time.perf_counter() - start, 3),
     )
 
 
-def _rounded(numbers: Iterable[float]) -> tuple[float, ...]:
-    """Six digits: an archive of thousands of runs stays small, and R2 is never read that far."""
-    return tuple(round(number, 6) for number in numbers)
+def _rounded(numbers: Iterable[float], digits: int = 6) -> tuple[float, ...]:
+    """Six digits, of tables by task and expert four: an archive of thousands of runs stays small."""
+    return tuple(round(number, digits) for number in numbers)
 
 
 class Archive:

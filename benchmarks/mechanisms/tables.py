@@ -42,7 +42,7 @@ def shown(values: pd.Series) -> str:
     if len(known) < len(values):
         return f"{len(values) - len(known)} of {len(values)} failed"
     mean, half = interval(known.tolist())
-    return f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:z.3f}" if np.isnan(half) else f"{mean:z.3f} ± {half:.3f}"
 
 
 def scores_table(experiment: Experiment, frame: pd.DataFrame) -> Table:

@@ -25,6 +25,9 @@ from benchmarks.reporting.views import choose_reference
 UNHEARD = 1e-6
 """A method whose score changes by less with wrong ids does not listen to ids."""
 
+SAME = 0.01
+"""Smaller differences of R2 count as none, however certain they are."""
+
 
 class Strength(StrEnum):
     """How much an answer rests on."""
@@ -207,7 +210,9 @@ def merges(method: str) -> bool:
 
 
 def find_best(rows: pd.DataFrame) -> tuple[str, list[str], list[str]]:
-    """The method with the highest mean score on one teacher, those not told apart from it, and those decided below it.
+    """The method with the highest mean score on one teacher, those that are as good, and those below it.
+
+    Below: decided, and by `SAME` or more. As good: all others.
 
     Args:
         rows: of the long frame, of one teacher and of the methods that may win.
@@ -215,6 +220,7 @@ def find_best(rows: pd.DataFrame) -> tuple[str, list[str], list[str]]:
     means = rows.groupby("method")["score"].mean()
     best = str(means.idxmax())
     pairs = compare_pairs(rows)
-    below = pairs[(pairs["better"] == best) & pairs["decided"]]["worse"].tolist()
+    is_below = (pairs["better"] == best) & pairs["decided"] & (pairs["difference"] >= SAME)
+    below = pairs[is_below]["worse"].tolist()
     others = [str(name) for name in means.sort_values(ascending=False).index if name != best]
     return best, [name for name in others if name not in below], [name for name in others if name in below]

@@ -11,13 +11,16 @@ import pandas as pd
 from benchmarks.reporting.build import COMMAND
 from benchmarks.reporting.render import Table, to_markdown
 from benchmarks.verdict.claims import Ruled, rule_on_claims
-from benchmarks.verdict.evidence import Answer, Evidence, Link, Strength
+from benchmarks.verdict.evidence import SAME, Answer, Evidence, Link, Strength
 from benchmarks.verdict.questions import answer_all
 
 PAGE = Path("docs/verdict.md")
 
 STRENGTHS = {
-    Strength.DECIDED: "p below 0.05 against every other method after Holm, or equivalent within the declared band.",
+    Strength.DECIDED: (
+        "p below 0.05 against every other method after Holm, or equivalent within the declared band. "
+        f"Differences of R2 below {SAME:g} count as none."
+    ),
     Strength.PARTLY: "some methods are told apart, and the sentence says which are not.",
     Strength.UNDECIDED: "the runs do not tell the methods apart.",
     Strength.MEASURED: "times of one machine; ratios travel better than milliseconds.",

@@ -99,6 +99,10 @@ def answer_without_ids(evidence: Evidence) -> Answer:
     if found is None:
         return _not_run(question, MECHANISMS)
     deaf = [name for name in found.deaf() if name != found.oracle]
+    if not deaf:
+        return Answer(
+            question, ("All methods of these runs need ids.",), (_link(found, "swap-loss"),), Strength.DECIDED
+        )
     low, high = min(found.frame["conflict"]), max(found.frame["conflict"])
     rows = _contest(found, conflict=low)
     best, near, below = find_best(rows[rows["method"].isin(deaf)])
@@ -236,7 +240,7 @@ def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
 
 def _beaten(near: Sequence[str], below: Sequence[str]) -> str:
     said = f", decided above {', '.join(below)}" if below else ", decided above no other method"
-    return f"{said}; not told apart from {', '.join(near)}." if near else f"{said}."
+    return f"{said}; as good, or not told apart: {', '.join(near)}." if near else f"{said}."
 
 
 def _strength(near: Sequence[str], below: Sequence[str]) -> Strength:
