@@ -136,13 +136,13 @@ def _left_by(
         if why is not None:
             yield _left(site, why)
     if not any(site.fused for site in wanted):
-        yield from _experts_left(factory, found)
+        yield from _experts_left(factory, [site for site in found if site.fused is not None])
 
 
 def _experts_left(factory: AdapterFactory, found: Sequence[LinearSite]) -> Iterator[LeftOut]:
     for site in found:
-        if site.fused is not None:
-            why = building.why_not(factory, site)
+        why = building.why_not(factory, site)
+        if site.fused is not None or (site.regrouped and why is not None):
             yield _left(site, why or "an expert's matrix, adapted where `sites` names 'experts'")
 
 

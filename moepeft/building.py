@@ -14,10 +14,13 @@ from .state import State, load_module, weight_of
 def why_not(factory: AdapterFactory, site: LinearSite) -> str | None:
     """Why the method cannot route a site's input; None if it can.
 
-    A table of positions belongs to no row. An expert gets tokens without their rows: a token's task is known, but
-    neither its neighbours nor the row's padding.
+    A table of positions belongs to no row. An expert gets tokens without their rows. Where one parameter holds all
+    experts, a token's task is known, but neither its neighbours nor the row's padding. Where experts are modules of
+    their own, the code of the model deals the tokens out, and nothing is known of them.
     """
     capabilities = factory.capabilities
+    if site.regrouped and capabilities.routing != "none":
+        return f"a layer of an expert, which gets tokens without their rows: not for {factory.name}"
     if site.of_positions and capabilities.routing != "none" and not capabilities.adapts_positions:
         return "fed by positions, which are of no row"
     if site.fused is not None and capabilities.routing not in ("none", "task"):

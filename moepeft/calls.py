@@ -5,22 +5,17 @@ tensor. Dimension 0 of the main input is the batch. Parts of a model are called 
 so every call opens a `Scope`: how many rows and positions its layers get, and which masks hold for them. Rows of an
 inner call are told apart by what is known: the same number as outside; a view of the outer input with its first two
 dimensions made one (choices, frames of a video); nothing else. Task ids are never dealt because a number divides.
-
-A layer gets its scope's rows in one of these forms, which `arrange` brings to (rows, positions, features):
-(rows, ..., features); (positions, rows, features), as sequence-first models have it; all tokens in one dimension; and
-(parts of rows, positions, features), where windows cut a row. All other forms stay as they are, and a method that
-must know the rows refuses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from .errors import MissingRouting
 from .masks import Mask, mask_of
 from .roles import Stream
 
@@ -42,6 +37,8 @@ class Scope:
         main: the main input, while the call runs.
         sequence_first: the main input is (positions, rows, features).
         unknown_mask: name of an argument that seems to be a mask and whose meaning is not known.
+        learned: number of positions of a table of the model, the same for all rows, that the call is made with, as
+            Perceiver's latents or the queries of a Q-Former: they are real, and no mask from outside is theirs.
     """
 
     rows: int | None = None
@@ -51,91 +48,14 @@ class Scope:
     main: Tensor | None = None
     sequence_first: bool = False
     unknown_mask: str | None = None
+    learned: int | None = None
 
     def past_the_call(self) -> Scope:
         """The same without the input, for what outlives the call."""
         return replace(self, main=None)
 
 
-class Arranged(NamedTuple):
-    """A layer's input as (rows, ..., features).
-
-    Attributes:
-        x: the input.
-        restore: brings an output of that form back to the layer's own.
-        in_order: whether the positions of a row are in their order.
-        rows_known: whether dimension 0 is known to be the rows.
-        positions: how many positions of each row stand in `x` as rows of their own; None where rows are whole.
-    """
-
-    x: Tensor
-    restore: Callable[[Tensor], Tensor]
-    in_order: bool = True
-    rows_known: bool = True
-    positions: int | None = None
-
-    def by_position(self) -> Arranged:
-        """The same with every position as a row of its own: (rows * positions, features)."""
-        shape = self.x.shape[:-1]
-        return self._replace(
-            x=self.x.flatten(0, -2),
-            restore=lambda y: self.restore(y.reshape(*shape, -1)),
-            positions=shape[1:].numel(),
-        )
-
-
-def same(y: Tensor) -> Tensor:
-    """The tensor itself."""
-    return y
-
-
-def rows_from_second(x: Tensor) -> Arranged:
-    """An input (positions, rows, features) of a method whose layout says so.
-
-    Raises:
-        MissingRouting: the input has no two dimensions beside the features.
-    """
-    if x.dim() != 3:
-        raise MissingRouting(f"layout='sequence_first' needs an input of 3 dimensions, got shape {tuple(x.shape)}")
-    return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1))
-
-
-def arrange(x: Tensor, scope: Scope, *, regrouped: bool, streams: int = 1) -> Arranged:
-    """Bring a layer's input to (rows, ..., features) where its form is known.
-
-    Args:
-        x: the input.
-        scope: of the call that runs.
-        regrouped: the layer is one of several that get a choice of tokens each.
-        streams: how many copies of all rows stand one after the other, where a method made them.
-    """
-    if scope.rows is None or x.dim() < 2 or regrouped:
-        return Arranged(x, same, rows_known=not regrouped)
-    rows, tokens = scope.rows * streams, scope.tokens
-    transposed = x.dim() > 2 and x.shape[1] == rows and (scope.sequence_first or _is_transposed(x, rows))
-    if x.shape[0] == rows and not transposed:
-        return Arranged(x, same)
-    if x.dim() == 2:
-        return _flat_tokens(x, rows, tokens, scope.sequence_first)
-    if x.shape[1] == rows and (transposed or x.shape[0] == tokens or (tokens is None and x.shape[0] % rows)):
-        return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1).contiguous())
-    parts = x.shape[0] // rows
-    if parts * rows == x.shape[0] and tokens is not None and parts * x.shape[1:-1].numel() == tokens:
-        windows = x.reshape(rows, parts, *x.shape[1:])
-        return Arranged(windows, lambda y: y.flatten(0, 1), in_order=False)
-    return Arranged(x, same, rows_known=False)
-
-
-def _flat_tokens(x: Tensor, rows: int, tokens: int | None, sequence_first: bool) -> Arranged:
-    if tokens is None or x.shape[0] != rows * tokens:
-        return Arranged(x, same, rows_known=False)
-    if sequence_first:
-        split = x.reshape(tokens, rows, -1).transpose(0, 1)
-        return Arranged(split, lambda y: y.transpose(0, 1).reshape(-1, y.shape[-1]))
-    return Arranged(x.reshape(rows, tokens, -1), lambda y: y.flatten(0, 1))
-
-
-def _is_transposed(x: Tensor, rows: int | None) -> bool:
+def is_transposed(x: Tensor, rows: int | None) -> bool:
     """Whether as many positions as rows stand in the order (positions, rows): told by the steps in memory."""
     return x.dim() == 3 and x.shape[0] == x.shape[1] == rows and x.shape[0] > 1 and x.stride(0) < x.stride(1)
 
@@ -163,7 +83,19 @@ def open_scope(
         for stream, found in _masks(call, around, part, tower=raw, main=main).items()
     }
     unknown = None if part.known_masks else _unknown_mask(call)
-    return replace(scope, masks=masks, main=main, unknown_mask=unknown or (around.unknown_mask if around else None))
+    learned = None if raw or around is None else _learned(call, main, scope, around)
+    unknown = unknown or (around.unknown_mask if around else None)
+    return replace(scope, masks=masks, main=main, unknown_mask=unknown, learned=learned)
+
+
+def _learned(call: Mapping[str, Any], main: Tensor, scope: Scope, around: Scope) -> int | None:
+    """`Scope.learned` of an inner call: a view of a parameter begins the part, whose blocks follow it."""
+    if main.dim() != 3 or not main.is_floating_point() or call.get("attention_mask") is not None:
+        return around.learned
+    spread = main.shape[0] > 1 and main.stride(0) == 0
+    if spread or (not torch.compiler.is_compiling() and isinstance(main._base, nn.Parameter)):
+        return scope.tokens
+    return around.learned
 
 
 class Part(NamedTuple):
@@ -217,7 +149,7 @@ def _rows_and_tokens(
         if ids not in (None, 1, rows) and features and main.dim() == 3 and main.shape[1] == ids:
             return Scope(rows=ids, tokens=rows, sequence_first=True)
         return Scope(rows=rows, tokens=tokens, copies=copies if ids is not None and ids * copies == rows else 1)
-    sequence_first = sequence_first or around.sequence_first or _is_transposed(main, around.rows)
+    sequence_first = sequence_first or around.sequence_first or is_transposed(main, around.rows)
     if around.rows is None or (rows == around.rows and not (sequence_first and main.shape[1:2] == (rows,))):
         return Scope(rows=rows, tokens=tokens, copies=around.copies)
     positions_first = features and main.dim() == 3 and main.shape[1] == around.rows

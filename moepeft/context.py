@@ -116,10 +116,13 @@ class SiteContext:
             return None
         if (forward.input is None or (known and forward.input.in_order)) and (x.dim() >= 3 or positions):
             rows, tokens = x.shape[0] // (positions or 1), positions or x.shape[1:-1].numel()
-            for mask in masks:
-                laid: Tensor | None = mask.on(rows, tokens, scope.copies or 1)
-                if laid is not None:
-                    return laid if positions is None else laid.reshape(x.shape[0], -1)
+            if tokens == scope.learned and explicit is None:
+                masks = tuple(mask for mask in masks if mask.given.shape[-1] == tokens)  # whose positions, who knows
+            else:
+                for mask in masks:
+                    laid: Tensor | None = mask.on(rows, tokens, scope.copies or 1)
+                    if laid is not None:
+                        return laid if positions is None else laid.reshape(x.shape[0], -1)
         if not masks and scope.unknown_mask is None:
             return None
         if masks and (torch.compiler.is_compiling() or not all(bool(mask.real().all()) for mask in masks)):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from . import heads
-from .calls import Arranged, arrange, rows_from_second
 from .context import SiteContext
 from .entries import backward_under_way, begin_at_layer, install_entries, remove_entries
 from .fused import ExpertMatrices, ExpertMatrix, mix, project
+from .layouts import Arranged, arrange, rows_from_second
 from .positions import add_hooks, is_table, position_readers, remove_hooks
 from .protocols import Base, Stepping
 from .runtime import Forward, Runtime
@@ -182,7 +182,12 @@ def _arranged(x: Tensor, slot: Slot, forward: Forward) -> Arranged:
     if slot.rows_second:
         arranged = rows_from_second(x)
     else:
-        arranged = arrange(x, forward.scope, regrouped=slot.regrouped, streams=slot.streams)
+        beside = slot.parent in forward.transposed
+        arranged = arrange(x, forward.scope, slot.place, transposed_before=slot.is_transposed, beside_transposed=beside)
+        if arranged.transposed and not beside:
+            forward.transposed.add(slot.parent)
+        if arranged.transposed and not torch.compiler.is_compiling():
+            slot.is_transposed = True
     # Elsewhere the rows stay whole: what a token-routed method counts of them is laid out by rows.
     by_position = slot.by_task and forward.packed and arranged.rows_known and arranged.in_order and arranged.x.dim() > 2
     return arranged.by_position() if by_position else arranged

@@ -22,8 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .calls import Arranged, Scope
+from .calls import Scope
 from .errors import MissingRouting
+from .layouts import Arranged
 from .masks import Mask
 from .ops.views import same_values, without_graph
 from .roles import Stream
@@ -78,6 +79,7 @@ class Forward:
         prepared: site name -> what the method made for the site when the forward began (`moepeft.preparing`).
         counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
         sequence_first: a block has been seen that gets (positions, rows, features).
+        transposed: names of modules of which a layer has got (positions, rows, features).
         masks: made of what calls were given, by the tensor.
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
@@ -97,6 +99,7 @@ class Forward:
     prepared: Mapping[str, Any] = field(default_factory=dict)
     counted: dict[str, Tensor] = field(default_factory=dict)
     sequence_first: bool = False
+    transposed: set[str] = field(default_factory=set)
     masks: dict[int, Mask] = field(default_factory=dict)
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None

@@ -60,6 +60,11 @@ class LinearSite:
         return self.name if self.fused is None else self.fused.module
 
     @property
+    def regrouped(self) -> bool:
+        """Whether it is a layer of an expert's own module, which gets a choice of the tokens of all rows."""
+        return self.fused is None and self.layer is not None and "experts" in self.name.split(".")
+
+    @property
     def is_gate(self) -> bool:
         """Whether it decides rather than maps: one output, or the router of a mixture of experts."""
         return self.out_features == 1 or _GATE.search(self.name) is not None
@@ -180,8 +185,8 @@ def select_sites(
         sites: what `find_sites` returned.
         pattern: None for every linear layer of the repeated blocks (of the whole model if it has none) but gates and
             matrices of fused experts; a string is a regular expression that must match a whole name; a list holds
-            roles (``"q"``), ends of names (``"attention.self.query"``), or ``"experts"`` for the matrices of fused
-            experts; a callable decides site by site.
+            roles (``"q"``), ends of names (``"attention.self.query"``), or ``"experts"`` for the matrices of experts;
+            a callable decides site by site.
         exclude: a pattern of those to leave out.
 
     Raises:
@@ -221,7 +226,7 @@ def _is_plain(site: LinearSite) -> bool:
 
 def _matches(site: LinearSite, entry: str) -> bool:
     if entry == "experts":
-        return site.fused is not None
+        return site.fused is not None or site.regrouped
     return entry in (site.role, site.name) or site.name.endswith(f".{entry}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .calls import Part
 from .context import SiteContext
 from .errors import Unsupported
+from .layouts import Place
 from .protocols import AdapterFactory
 from .runtime import Runtime
 from .shards import laid_out
@@ -38,14 +39,15 @@ class Slot(nn.Module):
         self.state = state
         self.parent = context.site.carrier.rpartition(".")[0]
         self.rows_second = not state.factory.capabilities.batch_first
-        self.streams: int = getattr(adapter, "streams", 1)
         self.adapter = adapter
         self.context = context
         self.inner = inner
         self.shared = shared
-        self.regrouped = context.site.fused is None and _is_regrouped(context.site.name)
+        nested = _stands_in_a_list_of_its_block(state.model, context.site.carrier)
+        self.place = Place(context.site.regrouped, nested, getattr(adapter, "streams", 1))
         self.by_row = self.by_task = False
         self.has_run = False
+        self.is_transposed = False  # as its input has shown, once there were more or fewer positions than rows
 
 
 class State:
@@ -221,9 +223,11 @@ class Entry(NamedTuple):
     adapters: Mapping[str, nn.Module]
 
 
-def _is_regrouped(name: str) -> bool:
-    """Whether the layer is one of several, inside of a repeated block, that get a choice of tokens each."""
-    return sum(part.isdigit() for part in name.split(".")) > 1 and "experts" in name.split(".")
+def _stands_in_a_list_of_its_block(model: nn.Module, name: str) -> bool:
+    """Whether the layer may be one of several of its block that get a choice of tokens each, whatever their name."""
+    parts = name.split(".")
+    above = [model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts))]
+    return sum(isinstance(module, (nn.ModuleList, nn.ModuleDict)) for module in above) > 1
 
 
 def load_module(module: nn.Module, values: Mapping[str, Tensor]) -> None:

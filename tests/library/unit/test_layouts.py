@@ -1,0 +1,167 @@
+"""Inputs of other positions than the call has: experts, global positions, tables that a part of a model begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moepeft
+from moepeft.errors import MissingRouting, Unsupported
+
+WIDTH, ROWS, POSITIONS = 8, 3, 5
+IDS = [0, 1, 2]
+
+
+def adapted(model: nn.Module, spec: str = "moelora", **selected: Any) -> moepeft.Attachment:
+    adapters = moepeft.attach(model.eval(), moepeft.method(spec, num_tasks=3), **selected)
+    for parameter in adapters.parameters():
+        parameter.data.add_(0.3 * torch.randn(parameter.shape))
+    return adapters
+
+
+def assert_rows_stand_alone(model: nn.Module, x: Tensor, **more: Any) -> None:
+    mixed = model(x, task_ids=IDS, **more)
+    for row, task in enumerate(IDS):
+        torch.testing.assert_close(mixed[[row]], model(x[[row]], task_ids=task, **more), rtol=0, atol=1e-5)
+
+
+class Mixture(nn.Module):
+    """Blocks of a projection and of experts, each of which gets the tokens whose first feature says so."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        parts = {"proj": nn.Linear(WIDTH, WIDTH), name: nn.ModuleDict({f"expert_{e}": self._expert() for e in (0, 1)})}
+        self.blocks = nn.ModuleList([nn.ModuleDict(parts)])
+
+    @staticmethod
+    def _expert() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = (x[..., 0] > 0).long().flatten()
+        for block in self.blocks:
+            tokens = block["proj"](x).flatten(0, 1)
+            total = torch.zeros_like(tokens)
+            for index in chosen.unique().tolist():
+                total[chosen == index] = block[self.name][f"expert_{index}"](tokens[chosen == index])
+            x = x + total.view_as(x)
+        return x
+
+
+def tokens_for_experts(second: int) -> Tensor:
+    """Random rows of which as many tokens, from the middle on, go to the second expert."""
+    x = torch.randn(ROWS, POSITIONS, WIDTH)
+    x[..., 0] = -x[..., 0].abs()
+    x.view(-1, WIDTH)[POSITIONS : POSITIONS + second, 0] *= -1
+    return x
+
+
+@pytest.mark.parametrize("spec", ["moelora", "mola", "tucka"])
+def test_what_needs_to_know_the_rows_leaves_experts_out_and_says_so(spec: str) -> None:
+    with pytest.warns(UserWarning, match="4 x a layer of an expert"):
+        adapters = adapted(Mixture("experts"), spec)
+    assert [site.name for site in adapters.sites] == ["blocks.0.proj"]
+    assert "4 x a layer of an expert" in adapters.summary()
+    if spec == "moelora":
+        assert_rows_stand_alone(adapters.model, tokens_for_experts(second=ROWS))
+    with pytest.raises(Unsupported, match="layer of an expert"):
+        moepeft.attach(Mixture("experts"), moepeft.method(spec, num_tasks=3), sites=["experts"])
+    assert len(adapted(Mixture("experts"), "lora", sites=["experts"]).sites) == 4
+
+
+@pytest.mark.parametrize("second", [ROWS, POSITIONS, ROWS * POSITIONS - POSITIONS])
+def test_as_many_tokens_as_rows_are_not_the_rows(second: int) -> None:
+    """Experts of any other name."""
+    adapters = adapted(Mixture("nets"))
+    with pytest.raises(MissingRouting, match=r"nets\.expert_0"):
+        adapters.model(tokens_for_experts(second), task_ids=IDS)
+    adapters.model(tokens_for_experts(second), task_ids=1)
+
+
+class Attention(nn.Module):
+    """As Longformer's: positions come first, and the first few of them go through a projection of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.query_global = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, few: int) -> Tensor:
+        x = x.transpose(0, 1)
+        y = self.query(x).tanh()
+        first = self.query_global(x[:few].contiguous())
+        return torch.cat([first, y[few:]]).transpose(0, 1)
+
+
+class Long(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, x: Tensor, few: int) -> Tensor:
+        for block in self.blocks:
+            x = block(x, few)
+        return x
+
+
+@pytest.mark.parametrize("few", [1, 2, 4])
+def test_fewer_positions_stand_as_the_other_layers_of_the_module_have_them(few: int) -> None:
+    assert_rows_stand_alone(adapted(Long()).model, torch.randn(ROWS, POSITIONS, WIDTH), few=few)
+
+
+def test_as_many_positions_as_rows_are_refused_until_the_layer_has_shown_its_form() -> None:
+    model, x = adapted(Long()).model, torch.randn(ROWS, POSITIONS, WIDTH)
+    with pytest.raises(MissingRouting, match="query_global"):
+        model(x, task_ids=IDS, few=ROWS)
+    model(x, task_ids=IDS, few=1)
+    assert_rows_stand_alone(model, x, few=ROWS)
+
+
+class Latent(nn.Module):
+    """As Perceiver: latents, the same for all rows, read the input and go through the blocks in place of the input."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+
+        def forward(self, hidden_states: Tensor, inputs: Tensor, visible: Tensor) -> Tensor:
+            read = (hidden_states @ inputs.transpose(1, 2)).masked_fill(~visible.bool()[:, None], -1e9).softmax(-1)
+            x = hidden_states + read @ inputs
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, WIDTH))
+        self.encoder = self.Encoder()
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = self.encoder(self.latents.expand(len(inputs), -1, -1), inputs, attention_mask)
+        return y
+
+
+def losses(adapters: moepeft.Attachment, x: Tensor, mask: Tensor, ids: list[int]) -> Tensor:
+    adapters.model.train()
+    adapters.model(x, attention_mask=mask, task_ids=ids)
+    return adapters.aux_loss().detach()
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1]])
+def test_the_mask_of_the_input_is_not_laid_on_latents(rows: list[int]) -> None:
+    """They are real, all of them: the loss is what it is when the padding is cut off."""
+    adapters = adapted(Latent(4), "mola")
+    x, ids = torch.randn(ROWS, POSITIONS, WIDTH)[rows], [IDS[row] for row in rows]
+    mask = (torch.arange(POSITIONS) < 3).long().expand(len(rows), -1)
+    cut = losses(adapters, x[:, :3], mask[:, :3], ids)
+    torch.testing.assert_close(losses(adapters, x, mask, ids), cut)
+    same_number = adapted(Latent(POSITIONS), "mola")
+    with pytest.raises(MissingRouting, match="padding mask"):
+        losses(same_number, x, mask, ids)
+    losses(same_number, x, torch.ones_like(mask), ids)
+    with same_number.route(mask=torch.ones_like(mask)):
+        losses(same_number, x, mask, ids)
