@@ -23,9 +23,12 @@ from benchmarks.reporting.build import (
 from benchmarks.reporting.changes import difference_markdown
 from benchmarks.reporting.page.write import write_page
 from benchmarks.reporting.parameters import InconsistentRecordsError
-from benchmarks.reporting.readme import ReadmeError, find_folder, update_readme
+from benchmarks.reporting.readme import VERDICT as VERDICT_BLOCK
+from benchmarks.reporting.readme import ReadmeError, find_folder, update_readme, update_verdict
+from benchmarks.verdict.evidence import Evidence
 from benchmarks.verdict.page import PAGE as VERDICT
-from benchmarks.verdict.page import describe_answers, write_verdict
+from benchmarks.verdict.page import describe_answers, summarise, write_verdict
+from benchmarks.verdict.questions import answer_all
 
 PAGE = RESULTS / "page"
 
@@ -85,7 +88,8 @@ def _update(path: Path, reports: dict[Path, Report], reference: str | None) -> s
     shown = find_folder(path)
     known = {root.resolve(): report for root, report in reports.items()}
     report = known.get(shown.resolve()) or build_report(shown, reference)
-    return update_readme(path, report.scores)
+    text = update_readme(path, report.scores)
+    return update_verdict(text, summarise(answer_all(Evidence(RESULTS)))) if VERDICT_BLOCK.search(text) else text
 
 
 def _check(reports: dict[Path, Report], pages: dict[Path, str]) -> int:

@@ -8,6 +8,9 @@ from pathlib import Path
 BEGIN, END = re.compile(r"<!-- results:begin (\S+) -->"), "<!-- results:end -->"
 
 
+VERDICT = re.compile(r"(<!-- verdict:begin -->\n).*?(<!-- verdict:end -->)", re.DOTALL)
+
+
 class ReadmeError(ValueError):
     """A README that lacks the markers, or has them more than once."""
 
@@ -30,6 +33,11 @@ def update_readme(path: Path, scores: str) -> str:
     tables, figures = (f"[`{folder}/{kind}`]({folder}/{kind})" for kind in ("tables", "figures"))
     links = f"Every table is in {tables}, every figure in {figures}."
     return f"{before}<!-- results:begin {folder} -->\n\n{nested}\n{links}\n\n{END}{after}"
+
+
+def update_verdict(text: str, summary: str) -> str:
+    """The text of a README with its block of the verdict replaced, if it has one."""
+    return VERDICT.sub(lambda found: f"{found[1]}\n{summary}\n\n{found[2]}", text)
 
 
 def _split(path: Path) -> tuple[str, str, str]:

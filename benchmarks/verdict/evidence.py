@@ -64,12 +64,14 @@ class Answer:
 
     Attributes:
         question: as people ask it.
+        choice: the methods to take, in a few words.
         sentences: one fact each.
         evidence: tables that the facts are from.
         strength: of the answer.
     """
 
     question: str
+    choice: str
     sentences: tuple[str, ...]
     evidence: tuple[Link, ...]
     strength: Strength

@@ -44,6 +44,7 @@ def write_verdict(results: Path, depth: str = "../results") -> str:
         f"<!-- Written by `{COMMAND} --verdict`: edit nothing here. -->",
         "# The verdict: which MoE-LoRA variant?",
         "Every sentence of this page is made from the committed records.",
+        summarise(answers),
         *(_answer(answer, depth) for answer in answers),
         "## How strong is an answer",
         "\n".join(f"- **{strength}**: {meaning}" for strength, meaning in STRENGTHS.items()),
@@ -53,6 +54,13 @@ def write_verdict(results: Path, depth: str = "../results") -> str:
         "\n".join(f"- {line}" for line in _limits(evidence)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def summarise(answers: Sequence[Answer]) -> str:
+    """One line per question: the first lines of the page, and a block of the README."""
+    rows = [(one.question.removesuffix(": which method?"), one.choice, one.strength) for one in answers]
+    # Without padding: a README has few bytes.
+    return "\n".join(f"| {' | '.join(row)} |" for row in [("you have", "take", "strength"), ("---",) * 3, *rows])
 
 
 def describe_answers(results: Path) -> list[dict[str, Any]]:

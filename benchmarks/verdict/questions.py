@@ -33,7 +33,17 @@ def answer_related(evidence: Evidence) -> Answer:
     decided = verdicts.isin(["better", "worse", "equivalent"])
     strength = Strength.DECIDED if decided.all() else Strength.PARTLY if decided.any() else Strength.UNDECIDED
     sentences = tuple(_tell_study(study) for study in studies)
-    return Answer(question, sentences, tuple(_link_study(study, "comparison") for study in studies), strength)
+    links = tuple(_link_study(study, "comparison") for study in studies)
+    return Answer(question, _choose_related(studies[0]), sentences, links, strength)
+
+
+def _choose_related(study: Study) -> str:
+    """What the longest runs say: what is better than the reference, else what is as good."""
+    rows = _trained(study)
+    better, equivalent = (rows[rows["verdict"] == word]["method"].tolist() for word in ("better", "equivalent"))
+    if better:
+        return ", ".join(better)
+    return f"{study.reference} (as good: {', '.join(equivalent)})" if equivalent else "none is decided to be better"
 
 
 def _trained(study: Study) -> pd.DataFrame:
@@ -86,6 +96,7 @@ def answer_many(evidence: Evidence) -> Answer:
     best, *_ = find_best(_contest(found, tasks=most))
     return Answer(
         question,
+        answer.choice,
         (*answer.sentences, f"At {few} tasks {best} explains {_score(found, best, tasks=few)}."),
         answer.evidence,
         answer.strength,
@@ -100,9 +111,8 @@ def answer_without_ids(evidence: Evidence) -> Answer:
         return _not_run(question, MECHANISMS)
     deaf = [name for name in found.deaf() if name != found.oracle]
     if not deaf:
-        return Answer(
-            question, ("All methods of these runs need ids.",), (_link(found, "swap-loss"),), Strength.DECIDED
-        )
+        told = ("All methods of these runs need ids.",)
+        return Answer(question, "none", told, (_link(found, "swap-loss"),), Strength.DECIDED)
     low, high = min(found.frame["conflict"]), max(found.frame["conflict"])
     rows = _contest(found, conflict=low)
     best, near, below = find_best(rows[rows["method"].isin(deaf)])
@@ -118,7 +128,7 @@ def answer_without_ids(evidence: Evidence) -> Answer:
         ),
     )
     links = (_link(found, "swap-loss"), _link(found, "scores"))
-    return Answer(question, sentences, links, _strength(near, below))
+    return Answer(question, _choice(best, near), sentences, links, _strength(near, below))
 
 
 def answer_merged(evidence: Evidence) -> Answer:
@@ -140,7 +150,8 @@ def answer_merged(evidence: Evidence) -> Answer:
         ),
         "On related tasks the first answer holds, without those that cannot.",
     )
-    return Answer(question, sentences, (_link(found, "scores"), _link(found, "pairs")), _strength(near, below))
+    links = (_link(found, "scores"), _link(found, "pairs"))
+    return Answer(question, _choice(best, near), sentences, links, _strength(near, below))
 
 
 def answer_smallest(evidence: Evidence) -> Answer:
@@ -151,7 +162,7 @@ def answer_smallest(evidence: Evidence) -> Answer:
         return _not_run(question, f"{MECHANISMS} --tasks sizes")
     experiment = found.asked.experiment
     rank = experiment.ranks_of_reference[len(experiment.ranks_of_reference) // 2]
-    sentences, certain = [], []
+    sentences, certain, leaders = [], [], []
     (field,) = experiment.vary
     for value in experiment.vary[field]:
         rows = found.at(**{field: value})
@@ -169,10 +180,12 @@ def answer_smallest(evidence: Evidence) -> Answer:
             if mean > 0:
                 low, high = np.exp(mean - half), np.exp(mean + half)
                 told.append((mean, f"{name} {np.exp(mean):.2g} times fewer ({low:.2g} to {high:.2g})"))
+        leaders += [text.partition(" ")[0] for _, text in sorted(told, reverse=True)[:1]]
         best = "; ".join(text for _, text in sorted(told, reverse=True)) or "no method needs fewer"
         sentences.append(f"{field} {value:g}, for the score of {experiment.reference} at rank {rank}: {best}.")
     strength = Strength.DECIDED if all(certain) else Strength.PARTLY if any(certain) else Strength.UNDECIDED
-    return Answer(question, tuple(sentences), (_link(found, "multipliers"),), strength)
+    choice = ", ".join(dict.fromkeys(leaders)) or f"none needs fewer than {experiment.reference}"
+    return Answer(question, choice, tuple(sentences), (_link(found, "multipliers"),), strength)
 
 
 # ---------------------------------------------------------------------- speed
@@ -184,18 +197,20 @@ def answer_fastest(evidence: Evidence) -> Answer:
     tables = [table for table in evidence.speed if "Training step" in table["title"] and _ratio(table) is not None]
     if not tables:
         return _not_run(question, "python -m benchmarks.speed --backbone minilm --methods all --mode train")
-    sentences, links = [], []
+    sentences, links, fastest = [], [], []
     for table in tables:
         rows = pd.DataFrame(table["rows"], columns=table["columns"])
         ratio = str(_ratio(table))
         own = rows[~rows["contestant"].str.contains("frozen|peft")]
         known = own.assign(number=own[ratio].str.extract(r"([\d.]+)", expand=False).astype(float))
         known = known.dropna(subset=["number"]).sort_values("number")
+        fastest.append(str(known["contestant"].iloc[0]))
         told = ", ".join(f"{row['contestant']} {row[ratio]}" for _, row in known.iterrows())
         sentences.append(f"{table['title']}, {ratio.removeprefix('x ')} as 1: {told}.")
         links.append(Link(table["title"], _below(evidence, table["file"])))
     sentences.append("Merged adapters cost nothing at inference.")
-    return Answer(question, tuple(sentences), tuple(dict.fromkeys(links)), Strength.MEASURED)
+    choice = ", ".join(dict.fromkeys(fastest))
+    return Answer(question, choice, tuple(sentences), tuple(dict.fromkeys(links)), Strength.MEASURED)
 
 
 def _ratio(table: dict[str, Any]) -> str | None:
@@ -229,7 +244,8 @@ def _answer_teacher(question: str, found: Mechanism, field: str, value: float) -
     ]
     if best != reference:
         sentences.append(f"{reference} explains {_score(found, reference, **{field: value})}.")
-    return Answer(question, tuple(sentences), (_link(found, "scores"), _link(found, "pairs")), _strength(near, below))
+    links = (_link(found, "scores"), _link(found, "pairs"))
+    return Answer(question, _choice(best, near), tuple(sentences), links, _strength(near, below))
 
 
 def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
@@ -241,6 +257,10 @@ def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
 def _beaten(near: Sequence[str], below: Sequence[str]) -> str:
     said = f", decided above {', '.join(below)}" if below else ", decided above no other method"
     return f"{said}; as good, or not told apart: {', '.join(near)}." if near else f"{said}."
+
+
+def _choice(best: str, near: Sequence[str]) -> str:
+    return f"{best} (as good: {', '.join(near)})" if near else best
 
 
 def _strength(near: Sequence[str], below: Sequence[str]) -> Strength:
@@ -271,4 +291,4 @@ def _below(evidence: Evidence, file: str) -> str:
 
 
 def _not_run(question: str, command: str) -> Answer:
-    return Answer(question, (f"Not run yet: `{command}`.",), (), Strength.NOT_RUN)
+    return Answer(question, "not run", (f"Not run yet: `{command}`.",), (), Strength.NOT_RUN)

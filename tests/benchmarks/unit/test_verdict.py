@@ -244,6 +244,18 @@ def test_the_committed_page_is_checked(work: Path) -> None:
     assert run(Options(check=True)) == 1
 
 
+def test_the_block_of_a_readme_follows_the_records(work: Path) -> None:
+    readme = work / "README.md"
+    markers = ("verdict:begin", "verdict:end", "results:begin results/small", "results:end")
+    readme.write_text("# x\n" + "".join(f"<!-- {marker} -->\n" for marker in markers))
+    assert run(Options(readme=readme, check=True)) == 1
+    assert run(Options(readme=readme)) == 0
+    text = readme.read_text()
+    assert text.count("<!-- verdict:begin -->") == text.count("<!-- verdict:end -->") == 1
+    assert len([line for line in text.splitlines() if line.startswith("| ") and "not run" in line]) == 3
+    assert run(Options(readme=readme, check=True)) == 0
+
+
 def test_every_link_of_the_page_leads_to_a_file(work: Path) -> None:
     text = write_verdict(work / "results")
     links = re.findall(r"\]\(\.\./(results/[^)]+)\)", text)
