@@ -25,6 +25,21 @@ _RAW_OF_DECODERS = ("decoder_input_ids", "decoder_inputs_embeds")
 _NO_MAIN_INPUT = ("task_ids", "labels", "attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
 
+# What is named a mask and says nothing of padding.
+_NO_PADDING = ("head_mask", "global_attention_mask", "perm_mask", "observed_mask", "special_tokens_mask", "loss_mask")
+
+
+class UnknownMask(NamedTuple):
+    """An argument that seems to be a padding mask: its name, and its values."""
+
+    name: str
+    given: Tensor
+
+    def tells_apart(self) -> bool:
+        """Whether it says of some positions what it does not say of others. Compiled code takes it to."""
+        return torch.compiler.is_compiling() or bool((self.given != self.given.flatten()[:1]).any())
+
+
 @dataclass(frozen=True)
 class Scope:
     """What one call of a model or of a part of it knows.
@@ -36,7 +51,7 @@ class Scope:
         masks: per stream the masks of this call first, then those of the calls around it.
         main: the main input, while the call runs.
         sequence_first: the main input is (positions, rows, features).
-        unknown_mask: name of an argument that seems to be a mask and whose meaning is not known.
+        unknown_mask: an argument that seems to be a mask and whose meaning is not known.
         learned: number of positions of a table of the model, the same for all rows, that the call is made with, as
             Perceiver's latents or the queries of a Q-Former: they are real, and no mask from outside is theirs.
     """
@@ -47,7 +62,7 @@ class Scope:
     masks: Mapping[Stream, tuple[Mask, ...]] = field(default_factory=dict)
     main: Tensor | None = None
     sequence_first: bool = False
-    unknown_mask: str | None = None
+    unknown_mask: UnknownMask | None = None
     learned: int | None = None
 
     def past_the_call(self) -> Scope:
@@ -77,12 +92,17 @@ def open_scope(
     raw, main = _main_input(call, part, around)
     if main is None:
         return around or Scope()
-    scope = _rows_and_tokens(main, raw, around, ids, copies, part.sequence_first)
+    batch_first = around is not None or any(main is call.get(name) for name in (*_RAW, *_RAW_OF_DECODERS))
+    if not batch_first and _has_positions_first(main, ids):
+        scope = Scope(rows=ids, tokens=main.shape[0], sequence_first=True)
+    else:
+        scope = _rows_and_tokens(main, raw, around, ids, copies, part.sequence_first)
     masks = {
         stream: tuple(seen.setdefault(id(mask.given), mask) for mask in found)
         for stream, found in _masks(call, around, part, tower=raw, main=main).items()
     }
-    unknown = None if part.known_masks else _unknown_mask(call)
+    # What the parts of a model of transformers call masks was made of what the model was given.
+    unknown = _unknown_mask(call, part.known_masks) if around is None or not part.known_masks else None
     learned = None if raw or around is None else _learned(call, main, scope, around)
     unknown = unknown or (around.unknown_mask if around else None)
     return replace(scope, masks=masks, main=main, unknown_mask=unknown, learned=learned)
@@ -136,6 +156,11 @@ def _main_input(call: Mapping[str, Any], part: Part, around: Scope | None) -> tu
     return around is None, next(tensors, None)
 
 
+def _has_positions_first(main: Tensor, ids: int | None) -> bool:
+    """Whether a main input that no model of transformers names so has as many rows as there are ids in dimension 1."""
+    return ids not in (None, 1, main.shape[0]) and main.dim() == 3 and main.shape[1] == ids and main.is_floating_point()
+
+
 def _rows_and_tokens(
     main: Tensor, raw: bool, around: Scope | None, ids: int | None, copies: int, sequence_first: bool
 ) -> Scope:
@@ -146,8 +171,6 @@ def _rows_and_tokens(
     elif main.dim() in (3, 4) and features:
         tokens = main.shape[1:-1].numel()
     if around is None:
-        if ids not in (None, 1, rows) and features and main.dim() == 3 and main.shape[1] == ids:
-            return Scope(rows=ids, tokens=rows, sequence_first=True)
         return Scope(rows=rows, tokens=tokens, copies=copies if ids is not None and ids * copies == rows else 1)
     sequence_first = sequence_first or around.sequence_first or is_transposed(main, around.rows)
     if around.rows is None or (rows == around.rows and not (sequence_first and main.shape[1:2] == (rows,))):
@@ -245,7 +268,10 @@ def continues(call: Mapping[str, Any]) -> bool:
     return past is not None and (not hasattr(past, "get_seq_length") or past_positions(call) > 0)
 
 
-def _unknown_mask(call: Mapping[str, Any]) -> str | None:
+def _unknown_mask(call: Mapping[str, Any], of_transformers: bool) -> UnknownMask | None:
     known = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-    names = (name for name, value in call.items() if "mask" in name and name not in known and isinstance(value, Tensor))
-    return next(names, None)
+    for name, value in call.items():
+        named_so = name.endswith("mask") and not name.endswith(_NO_PADDING) if of_transformers else "mask" in name
+        if named_so and name not in known and isinstance(value, Tensor) and value.numel():
+            return UnknownMask(name, value)
+    return None

@@ -131,11 +131,11 @@ class SiteContext:
                 f"the padding mask of shape {tuple(masks[0].given.shape)}: leave the site out, or give the mask of "
                 "its positions by adapters.route(mask=...)"
             )
-        if not masks:
+        if scope.unknown_mask is not None and scope.unknown_mask.tells_apart():
             raise MissingRouting(
                 f"site {self.site.name!r} needs the padding mask, and what the call's argument "
-                f"{scope.unknown_mask!r} means is not known: give the mask (rows, positions), 1 on real tokens, by "
-                "adapters.route(mask=...)"
+                f"{scope.unknown_mask.name!r} means is not known: give the mask (rows, positions), 1 on real tokens, "
+                "by adapters.route(mask=...)"
             )
         return None
 

@@ -23,6 +23,7 @@ from .building import check_values
 from .calls import Part, Scope, continues, open_scope
 from .errors import GradientsLost
 from .given import check_packed, checked_ids
+from .held import hold, recall
 from .masks import Mask
 from .preparing import prepare
 from .runtime import Forward, Memory, Runtime
@@ -152,8 +153,8 @@ def _enter(
     runtime = entry.state.runtime
     forward = runtime.forward
     if forward is None and backward_under_way() is not None:
-        inputs = (*args, *kwargs.values())
-        with runtime.resumed(runtime.memory_of(tuple(value for value in inputs if isinstance(value, Tensor)))):
+        inputs = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with runtime.resumed(runtime.memory_of(inputs)):
             return inner()
     call = {**dict(zip(entry.call_names, args, strict=False)), **kwargs}
     if forward is None:
@@ -162,6 +163,7 @@ def _enter(
         try:
             prepare(entry.state, entry.adapters, forward)
             output = inner()
+            hold(id(runtime), forward.values, call, output)
         finally:
             runtime.end()
         if runtime.last.grad_expected and not entry.state.uses_checked and not torch.compiler.is_compiling():
@@ -263,13 +265,12 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
         check_stepped(state)
     given = call.get("task_ids")
     task_ids = settings.task_ids if given is None else checked_ids(state, given)
-    number = None if task_ids is None else task_ids.shape[0]
-    masks: dict[int, Mask] = {}
+    number, masks = None if task_ids is None else task_ids.shape[0], dict[int, Mask]()
     scope = open_scope(call, None, entry.part, number, settings.copies if given is None else 1, masks)
     if task_ids is not None and scope.main is not None:
         task_ids = task_ids.to(scope.main.device)
     goes_on = continues(call)
-    values = dict(state.runtime.values) if goes_on else {}
+    values = recall(id(state.runtime), call, state.runtime.values) if goes_on else {}
     values.pop("segments", None)  # of another call's rows
     if task_ids is not None and task_ids.shape[1] > 1:
         check_packed(state, task_ids, two_streams=entry.part.two_streams)

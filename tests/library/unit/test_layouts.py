@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import XLNetConfig, XLNetModel
 
 import moepeft
 from moepeft.errors import MissingRouting, Unsupported
+from tests.support.hosts import build
 
 WIDTH, ROWS, POSITIONS = 8, 3, 5
 IDS = [0, 1, 2]
@@ -165,3 +167,24 @@ def test_the_mask_of_the_input_is_not_laid_on_latents(rows: list[int]) -> None:
     losses(same_number, x, torch.ones_like(mask), ids)
     with same_number.route(mask=torch.ones_like(mask)):
         losses(same_number, x, mask, ids)
+
+
+def test_a_mask_of_another_name_is_refused_where_it_tells_positions_apart() -> None:
+    """XLNet's `input_mask` says 1 on padding."""
+    config = XLNetConfig(vocab_size=40, d_model=WIDTH, n_layer=1, n_head=2, d_inner=2 * WIDTH)
+    adapters = adapted(XLNetModel(config).train(), "mola")
+    ids, mask = torch.randint(3, 40, (ROWS, POSITIONS)), torch.zeros(ROWS, POSITIONS)
+    model = adapters.model.train()
+    model(ids, input_mask=mask)
+    mask[1, 0] = 1
+    with pytest.raises(MissingRouting, match="input_mask"):
+        model(ids, input_mask=mask)
+    with adapters.route(mask=1 - mask):
+        model(ids, input_mask=mask)
+
+
+def test_as_many_ids_as_positions_are_not_dealt_to_positions() -> None:
+    model = build("bert")
+    adapted(model)
+    with pytest.raises(MissingRouting, match="3 task ids for 4 rows"):
+        model(inputs_embeds=torch.randn(4, 3, model.config.hidden_size), task_ids=IDS)
