@@ -12,7 +12,7 @@ from benchmarks.reporting.page.write import write_page
 from benchmarks.verdict.page import describe_answers, section_of
 
 VERDICT = "verdict.md"
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -18,7 +18,8 @@ def route_rows(
     selectors: Sequence[Selector], choose: Callable[[Tensor], Tensor], tasks: Tensor, kind: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """Fast path of `moepeft.methods._task_gates.route_rows`."""
-    together, logits, order = Together(len(selectors)), [], list[int]()
+    together, logits = Together(len(selectors)), []
+    order: list[int] = []
     tables: dict[int, Tensor] = {}
     for group in alike([table.shape[1] for table, _, _ in selectors]):
         table = together.stack([selectors[number][0] for number in group], group)
