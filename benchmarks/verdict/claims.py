@@ -111,7 +111,8 @@ class ExperimentClaim(_Claim):
         mean, half = interval(difference.tolist())
         p = 0.0 if difference.std() == 0 else float(stats.ttest_1samp(difference, 0.0).pvalue)
         words = f"{self.experiment}, {len(difference)} seeds: {mean:+.3f} ± {half:.3f}"
-        link = Link(self.experiment, f"mechanisms/tables/{self.experiment}-scores.md")
+        table = "scores" if self.measure == "score" else self.measure.replace("_", "-")
+        link = Link(self.experiment, f"mechanisms/tables/{self.experiment}-{table}.md")
         return Found(words, p if mean else 1.0, (mean < 0) == self.below and mean != 0, (link,))
 
     def _other(self, rows: pd.DataFrame) -> Any:
