@@ -201,6 +201,8 @@ def _masks(
     past = past_positions(call)
     frames = getattr(part.module, "_get_feat_extract_output_lengths", None) if main.is_floating_point() else None
     own = mask_of(call.get("attention_mask"), past, frames)
+    if own is not None and around is not None and _is_internal(own, around):
+        own = None
     cross = mask_of(call.get("encoder_attention_mask"))
     decoder = mask_of(call.get("decoder_attention_mask"), past) or _targets(call, part)
     given: dict[Stream, Mask | None] = {
@@ -213,6 +215,21 @@ def _masks(
         stream: (*((mask,) if mask is not None else ()), *outer.get(stream, ()))  # innermost first
         for stream, mask in given.items()
     }
+
+
+def _is_internal(mask: Mask, around: Scope) -> bool:
+    """Whether a part's mask is its model's own form of what the model was given.
+
+    In a bool mask of queries and keys true means attend in most models and hide in others (MPT). Such a mask knows no
+    more of padding than the masks of the same positions that the model was given, whose meaning is documented; where
+    the model was given none, nothing is padding.
+    """
+    if mask.given.dim() < 3 or mask.given.dtype != torch.bool:
+        return False
+    known = [one for masks in around.masks.values() for one in masks]
+    if not known:
+        return around.unknown_mask is None
+    return any(one.given.shape[-1] == mask.given.shape[-1] for one in known)
 
 
 def _same_input(main: Tensor, around: Scope) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import XLNetConfig, XLNetModel
+from transformers import MptConfig, MptForCausalLM, XLNetConfig, XLNetModel
 
 import moepeft
 from moepeft.errors import MissingRouting, Unsupported
@@ -189,3 +189,26 @@ def test_as_many_ids_as_positions_are_not_dealt_to_positions() -> None:
     adapted(model)
     with pytest.raises(MissingRouting, match="3 task ids for 4 rows"):
         model(inputs_embeds=torch.randn(4, 3, model.config.hidden_size), task_ids=IDS)
+
+
+@pytest.mark.parametrize("told", ["mask", "no mask"])
+def test_a_hosts_own_bool_mask_says_no_more_than_the_model_was_given(told: str) -> None:
+    """MPT hands its blocks a mask in which true hides a key; most other models' true lets it be attended to."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 32}
+    model = MptForCausalLM(MptConfig(vocab_size=64, **sizes)).eval()
+    adapters = moepeft.attach(model, moepeft.method("mixlora", rank=2, num_experts=4))
+    model.train()
+    ids, mask = torch.randint(64, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    if told == "mask":
+        mask[0, 6:] = 0
+        other = torch.where(mask.bool(), ids, 7)
+        calls = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": other, "attention_mask": mask}]
+    else:
+        calls = [{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]
+    losses = []
+    for call in calls:
+        model(**call)
+        losses.append(adapters.aux_loss().item())
+    assert losses[0] > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
