@@ -3,8 +3,7 @@
 Users call a model, its `.forward`, its backbone alone, or a getter of features that calls one tower. So every module
 around adapted layers, down to the repeated blocks, answers its calls through `_entry_forward`: the outermost one begins
 a `Forward` with the ids and masks of its own call, inner ones open a `Scope`. `generate` says how often it repeats the
-rows. A block that runs during backward, outside of any forward, is computed again by checkpointing, and sees what its
-first run saw.
+rows. A block that runs during backward, outside of any forward, is computed again and sees what its first run saw.
 """
 
 from __future__ import annotations
