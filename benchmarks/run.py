@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 # Everything heavy is imported where it is needed: `--help` and wrong flags answer at once.
 from rich.console import Console
 
-from benchmarks.plan.options import Options, launched_shard, parse_shard, resolve_suite
+from benchmarks.plan.options import Options, cells_at_once, launched_shard, parse_shard, resolve_suite
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.flags import parse_flags
 
@@ -197,7 +197,12 @@ class _Command:
         if scored_on not in self.benches:
             self.benches[scored_on] = prepare(self.study.data, protocol, self.source, self.device, self.command)
         return run_cells(
-            part.due, self.benches[scored_on], part.store, self.console, jobs=self.options.jobs, later=later
+            part.due,
+            self.benches[scored_on],
+            part.store,
+            self.console,
+            jobs=cells_at_once(self.options, 1),
+            later=later,
         )
 
     def _name_messages(self) -> Iterator[str]:

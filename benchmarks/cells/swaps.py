@@ -8,6 +8,7 @@ from dataclasses import replace
 from benchmarks.cells.data import TokenisedTask
 from benchmarks.cells.evaluate import evaluate_model
 from benchmarks.families import AnyFamily, AnyModel
+from benchmarks.records.failures import Diverged
 from benchmarks.records.schema import Swapped
 from moepeft import Attachment
 
@@ -18,7 +19,8 @@ ROWS = 64
 def swap_ids(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily, *, autocast: bool) -> Swapped | None:
     """Skills of the first `ROWS` reported rows of every task under the id of every task.
 
-    None of methods that are not routed by ids, and of answers without probabilities.
+    None of methods that are not routed by ids, and of answers without probabilities. None as well where a wrong id
+    gives numbers that are not finite: a run that is sound under its own ids has not failed.
 
     Args:
         model: with its adapters and the weights that are scored.
@@ -32,9 +34,12 @@ def swap_ids(model: AnyModel, tasks: Sequence[TokenisedTask], family: AnyFamily,
     few = [replace(task, validation=task.validation[:ROWS]) for task in tasks]
     columns: list[list[float]] = []
     for told in range(len(tasks)):
-        scores = evaluate_model(
-            model, few, family, batch_size=family.protocol.eval_batch_size, autocast=autocast, told=told
-        ).scores
+        try:
+            scores = evaluate_model(
+                model, few, family, batch_size=family.protocol.eval_batch_size, autocast=autocast, told=told
+            ).scores
+        except Diverged:
+            return None
         known = [score.likelihood for score in scores.values()]
         if any(one is None for one in known):
             return None

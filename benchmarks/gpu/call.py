@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from benchmarks.gpu.stages import Stage
@@ -126,9 +126,12 @@ class Call:
         return ended is not None and ended.exit_code != 0
 
     def _ended(self, stage: Stage) -> Ended | None:
-        """How this very command ended; None if it did not."""
+        """How this very command ended; None if it did not, or if its file is damaged: it runs again."""
         path = self._path(stage)
-        ended = Ended.model_validate_json(path.read_bytes()) if path.exists() else None
+        try:
+            ended = Ended.model_validate_json(path.read_bytes()) if path.exists() else None
+        except ValidationError:
+            return None
         return ended if ended is not None and ended.command == stage.command else None
 
     def _path(self, stage: Stage) -> Path:

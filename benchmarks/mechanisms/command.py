@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from joblib import cpu_count
 from rich.console import Console
 
 from benchmarks.mechanisms.asked import Asked, write_asked
@@ -14,7 +15,7 @@ from benchmarks.mechanisms.experiments import Experiment, available_experiments,
 from benchmarks.mechanisms.suite import Say, Suite
 from benchmarks.methods.parse import parse_methods
 from benchmarks.methods.registered import Moepeft
-from benchmarks.plan.options import Options
+from benchmarks.plan.options import Options, cells_at_once
 from benchmarks.protocols.errors import UsageError
 from benchmarks.reporting.build import Report, write_files
 
@@ -49,7 +50,9 @@ def run_suite(options: Options, console: Console, command: str) -> int:
         seeds=options.seeds or (SHORT_SEEDS if short else None),
     )
     root = options.results or Path("results") / "mechanisms"
-    run_mechanisms(experiments, methods, root, jobs=options.jobs, command=command, say=console.print)
+    # A student takes one core, and what it learns does not depend on what runs beside it.
+    jobs = cells_at_once(options, cpu_count())
+    run_mechanisms(experiments, methods, root, jobs=jobs, command=command, say=console.print)
     if short:
         console.print(f"This was the short form. The full form: python -m benchmarks.run --suite mechanisms {FULL}")
     return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 import moepeft
 from benchmarks.mechanisms.students import Lesson, blind_bound, teach
@@ -22,6 +22,7 @@ from benchmarks.mechanisms.teachers import Curriculum, make_teacher
 from benchmarks.records.failures import one_line
 from benchmarks.records.provenance import gather
 from benchmarks.records.schema import Provenance
+from benchmarks.records.store import RecordError
 from moepeft.registry import from_config
 
 ARCHIVE = "runs.jsonl"
@@ -158,11 +159,13 @@ def _rounded(numbers: Iterable[float], digits: int = 6) -> tuple[float, ...]:
 class Archive:
     """All outcomes of a results folder: one line of JSON each, appended as they come.
 
-    A process that dies while it writes leaves half a line at the end at most; the line is then written anew.
+    A process that dies while it writes leaves half a line at the end at most. Reading passes such a line over and
+    changes no file. The first writing cuts the line.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._writes = False
         self._outcomes = {outcome.run.id: outcome for outcome in self._read()}
 
     def find(self, run: Run) -> Outcome | None:
@@ -183,7 +186,7 @@ class Archive:
         self._outcomes[outcome.run.id] = outcome
 
     def note_machine(self, command: str) -> str:
-        """Write down code, packages and machine; gives the hash under which outcomes name them."""
+        """Write down code, packages and machine before the first run; gives the hash under which outcomes name them."""
         provenance = gather(torch.device("cpu"), "fp32", command)
         text = provenance.model_dump_json()
         key = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -193,23 +196,40 @@ class Archive:
     def machines(self) -> dict[str, Provenance]:
         """Provenance by the hash that outcomes name."""
         path = self.root / MACHINES
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        loaded = (json.loads(line) for line in lines)
-        return {entry.pop("machine"): Provenance.model_validate(entry) for entry in loaded}
+        lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+        try:
+            loaded = [json.loads(line) for line in lines]
+            return {entry.pop("machine"): Provenance.model_validate(entry) for entry in loaded}
+        except (ValueError, KeyError) as error:
+            raise RecordError(f"{path} is damaged; restore the file, or delete the line that is no JSON") from error
 
     def _read(self) -> Iterator[Outcome]:
+        """Every whole line; a torn last one is no run. Nothing is written: another process may be at work."""
         path = self.root / ARCHIVE
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
-        whole, _, torn = text.rpartition("\n")
-        if torn:
-            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
         reader = TypeAdapter(Outcome)
-        for line in whole.splitlines():
-            yield reader.validate_json(line)
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                yield reader.validate_json(line)
+            except ValidationError as error:
+                raise RecordError(
+                    f"line {number} of {path} is damaged; delete the line and give the same command again: its run "
+                    "alone is made anew"
+                ) from error
 
     def _append(self, name: str, line: str) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        if not self._writes:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._drop_torn()
+            self._writes = True
         with (self.root / name).open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+
+    def _drop_torn(self) -> None:
+        """Cut what a process that died left of a line, so that the next line begins at its beginning."""
+        for path in (self.root / ARCHIVE, self.root / MACHINES):
+            whole, _, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+            if torn:
+                path.write_bytes(whole + b"\n" if whole else b"")

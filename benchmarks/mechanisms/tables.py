@@ -206,9 +206,12 @@ def multiplier(frame: pd.DataFrame, reference: str, method: str, rank: int) -> f
     """Logarithm of the multiplier for one seed and teacher.
 
     Returns:
-        minus infinity if the method never reaches the score, infinity if its smallest size does.
+        minus infinity if the method never reaches the score, infinity if its smallest size does, NaN if the reference
+        failed.
     """
     target = frame[(frame["method"] == reference) & (frame["size"] == rank)].iloc[0]
+    if pd.isna(target["score"]):
+        return float("nan")
     curve = frame[frame["method"] == method].sort_values("parameters")
     parameters = np.log(curve["parameters"].to_numpy(dtype=float))
     reached = np.maximum.accumulate(curve["score"].fillna(-np.inf).to_numpy(dtype=float))

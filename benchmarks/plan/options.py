@@ -91,8 +91,9 @@ class Machine:
     shard: str | None = None
     """i/n, i from 0: only the i-th part of the cells (with --tune: of the methods), for n runs into one folder.
     Processes that torchrun or `accelerate launch` starts take one each by themselves."""
-    jobs: int = 1
-    """Cells at once, each in a process with its part of the cores. Without timing pass if there are several."""
+    jobs: int | None = None
+    """Cells at once, each in a process with its part of the cores. Without timing pass if there are several. Unset: one
+    cell; students of the mechanisms, which take one core each, on all cores."""
     plan: bool = False
     """Print the cells and which are done, then stop."""
 
@@ -120,8 +121,7 @@ def resolve_suite(options: Options) -> Suite:
         raise UsageError(f"--data-dir {options.data_dir}: no such folder")
     if not options.methods:
         raise UsageError("--methods names no method; leave it out to run all")
-    if options.jobs < 1:
-        raise UsageError(f"--jobs {options.jobs}: give the number of cells to run at once, 1 or more")
+    cells_at_once(options, 1)
     parse_shard(options.shard)
     rates = () if options.tune == "none" else options.tune
     if options.learning_rate is not None and (suite.tuning_rates if rates is None else rates):
@@ -149,6 +149,18 @@ def resolve_suite(options: Options) -> Suite:
         task_prefix=options.task_prefix or None,
         precision=options.precision,
     )
+
+
+def cells_at_once(options: Options, unset: int) -> int:
+    """What `--jobs` says, or `unset`.
+
+    Raises:
+        UsageError: less than one.
+    """
+    jobs = unset if options.jobs is None else options.jobs
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: give the number of cells to run at once, 1 or more")
+    return jobs
 
 
 def _known_tasks(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -105,15 +105,23 @@ class ExperimentClaim(_Claim):
         rows = mechanism.at(**self.where)
         own = _by_seed(rows, self.method, self.measure)
         other = self._other(rows)
-        difference = (own - other).dropna()
-        if len(difference) < 2:
+        difference = own - other
+        if len(own) < 2 or difference.empty or len(difference.dropna()) == 0:
             return Found(f"the experiment {self.experiment} has no runs of {self.method} and {self.than}")
+        link = self._link()
+        if difference.isna().any():
+            words = f"{self.experiment}: no verdict, {int(difference.isna().sum())} of {len(difference)} pairs failed"
+            return Found(words, evidence=(link,))
+        if rows.loc[rows["method"].isin([self.method, self.than]), "at_edge"].any():
+            return Found(f"{self.experiment}: no verdict, a rate is {AT_EDGE}", evidence=(link,))
         mean, half = interval(difference.tolist())
         p = 0.0 if difference.std() == 0 else float(stats.ttest_1samp(difference, 0.0).pvalue)
         words = f"{self.experiment}, {len(difference)} seeds: {mean:+.3f} ± {half:.3f}"
-        table = "scores" if self.measure == "score" else self.measure.replace("_", "-")
-        link = Link(self.experiment, f"mechanisms/tables/{self.experiment}-{table}.md")
         return Found(words, p if mean else 1.0, (mean < 0) == self.below and mean != 0, (link,))
+
+    def _link(self) -> Link:
+        table = "scores" if self.measure == "score" else self.measure.replace("_", "-")
+        return Link(self.experiment, f"mechanisms/tables/{self.experiment}-{table}.md")
 
     def _other(self, rows: pd.DataFrame) -> Any:
         if self.than is None:
@@ -180,9 +188,16 @@ class MergeClaim(_Claim):
     method: str
 
     def test(self, evidence: Evidence) -> Found:
-        """What the method says of itself; its contract tests that merged answers are the routed ones."""
-        del evidence
-        return Found("merged answers equal routed ones (the contract of every method)", None, merges(self.method))
+        """Whether merged inference takes what the frozen model's takes: their 95 % intervals overlap in every table."""
+        if not merges(self.method):
+            return Found("it cannot be merged", None, holds=False)
+        tables = [one for one in evidence.merged if self.method in one.ratios]
+        if not tables:
+            return Found("no committed table times its merged inference")
+        pairs = [(one.ratios[self.method], one.ratios["frozen"]) for one in tables]
+        same = [merged[0] <= frozen[1] and frozen[0] <= merged[1] for merged, frozen in pairs]
+        words = f"merged inference takes the frozen model's time in {sum(same)} of {len(same)} tables"
+        return Found(words, None, all(same), tuple(dict.fromkeys(one.link for one in tables)))
 
 
 Claim = Annotated[SuiteClaim | ExperimentClaim | MultiplierClaim | CountClaim | MergeClaim, Field(discriminator="kind")]

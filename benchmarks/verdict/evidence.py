@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -14,7 +16,6 @@ import moepeft
 from benchmarks.mechanisms.asked import Asked, read_asked
 from benchmarks.mechanisms.build import has_archive, read_asked_frame
 from benchmarks.mechanisms.runs import Archive
-from benchmarks.mechanisms.tables import compare_pairs
 from benchmarks.records.comparable import Group
 from benchmarks.records.frame import Results
 from benchmarks.reporting.comparison import comparison_table
@@ -25,8 +26,8 @@ from benchmarks.reporting.views import choose_reference
 UNHEARD = 1e-6
 """A method whose score changes by less with wrong ids does not listen to ids."""
 
-SAME = 0.01
-"""Smaller differences of R2 count as none, however certain they are."""
+
+MERGED = " (merged)"
 
 
 class Strength(StrEnum):
@@ -137,6 +138,21 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Inference by merged adapters, beside the frozen model, in one table of `benchmarks.speed`.
+
+    Attributes:
+        words: all ratios, in a sentence without its end.
+        ratios: (low, high) 95 % bounds of the time over the reference's, by method and for ``frozen``.
+        link: to the table.
+    """
+
+    words: str
+    ratios: Mapping[str, tuple[float, float]]
+    link: Link
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything below one results root.
 
@@ -184,6 +200,15 @@ class Evidence:
         rows = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["rows"]]
         return pd.DataFrame(rows)
 
+    @property
+    def merged(self) -> list[Merged]:
+        """What merged adapters cost at inference, from the tables that have such rows."""
+        return [_read_merged(table, self.link(table)) for table in self.speed if _has_merged(table)]
+
+    def link(self, table: Mapping[str, Any]) -> Link:
+        """To a finished table."""
+        return Link(str(table["title"]), Path(table["file"]).relative_to(self.root).as_posix())
+
     def find_studies(self, suite: str) -> list[Study]:
         """Protocols of one suite in which methods are compared."""
         return [one for one in self.studies if one.group.protocol.name == suite and one.compared is not None]
@@ -206,23 +231,26 @@ def _load_studies(folder: Path) -> list[Study]:
     return studies
 
 
+def ratio_column(table: Mapping[str, Any]) -> str | None:
+    """The column of times over those of the reference, where a table of `benchmarks.speed` has one."""
+    return next((column for column in table["columns"] if column.startswith("x ")), None)
+
+
+def _has_merged(table: Mapping[str, Any]) -> bool:
+    return ratio_column(table) is not None and any(MERGED in row[0] for row in table["rows"])
+
+
+def _read_merged(table: Mapping[str, Any], link: Link) -> Merged:
+    at = table["columns"].index(ratio_column(table))
+    cells = {row[0].removesuffix(MERGED): row[at] for row in table["rows"] if MERGED in row[0] or row[0] == "frozen"}
+    bounds = {name: [float(number) for number in re.findall(r"[\d.]+", cell)] for name, cell in cells.items()}
+    told = ", ".join(f"{name} {cell}" for name, cell in cells.items() if name != "frozen")
+    words = (
+        f"{table['title']}, merged, {table['columns'][at].removeprefix('x ')} as 1: {told}; frozen {cells['frozen']}"
+    )
+    return Merged(words, {name: (numbers[1], numbers[2]) for name, numbers in bounds.items()}, link)
+
+
 def merges(method: str) -> bool:
     """Whether a method's update folds into the weights, for all tasks or for each."""
     return moepeft.method(method, num_tasks=2).capabilities.not_mergeable is None
-
-
-def find_best(rows: pd.DataFrame) -> tuple[str, list[str], list[str]]:
-    """The method with the highest mean score on one teacher, those that are as good, and those below it.
-
-    Below: decided, and by `SAME` or more. As good: all others.
-
-    Args:
-        rows: of the long frame, of one teacher and of the methods that may win.
-    """
-    means = rows.groupby("method")["score"].mean()
-    best = str(means.idxmax())
-    pairs = compare_pairs(rows)
-    is_below = (pairs["better"] == best) & pairs["decided"] & (pairs["difference"] >= SAME)
-    below = pairs[is_below]["worse"].tolist()
-    others = [str(name) for name in means.sort_values(ascending=False).index if name != best]
-    return best, [name for name in others if name not in below], [name for name in others if name in below]

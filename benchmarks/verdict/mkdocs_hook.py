@@ -19,6 +19,8 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the page's files to those that mkdocs copies."""
     from mkdocs.structure.files import File
 
+    if not (ROOT / "results").is_dir():
+        raise FileNotFoundError(f"the site shows the results of {ROOT / 'results'}, which is no folder")
     with tempfile.TemporaryDirectory() as folder:
         page = write_page(ROOT / "results", Path(folder), describe_answers(ROOT / "results")).parent
         for path in sorted(page.rglob("*")):

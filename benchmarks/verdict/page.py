@@ -11,7 +11,8 @@ import pandas as pd
 from benchmarks.reporting.build import COMMAND
 from benchmarks.reporting.render import Table, to_markdown
 from benchmarks.verdict.claims import Ruled, rule_on_claims
-from benchmarks.verdict.evidence import SAME, Answer, Evidence, Link, Strength
+from benchmarks.verdict.contest import SAME
+from benchmarks.verdict.evidence import Answer, Evidence, Link, Strength
 from benchmarks.verdict.questions import answer_all
 
 PAGE = Path("docs/verdict.md")
@@ -28,12 +29,11 @@ STRENGTHS = {
 }
 
 
-def write_verdict(results: Path, depth: str = "../results") -> str:
+def write_verdict(results: Path) -> str:
     """The page as Markdown.
 
     Args:
         results: root of the results folders.
-        depth: how the page's folder reaches `results`.
 
     Raises:
         RecordError: a record is damaged, or one that a table needs is missing.
@@ -45,11 +45,11 @@ def write_verdict(results: Path, depth: str = "../results") -> str:
         "# The verdict: which MoE-LoRA variant?",
         "Every sentence of this page is made from the committed records.",
         summarise(answers),
-        *(_answer(answer, depth) for answer in answers),
+        *(_answer(answer) for answer in answers),
         "## How strong is an answer",
         "\n".join(f"- **{strength}**: {meaning}" for strength, meaning in STRENGTHS.items()),
         "## What papers claim",
-        _claims(rulings, depth),
+        _claims(rulings),
         "## What these runs cannot tell",
         "\n".join(f"- {line}" for line in _limits(evidence)),
     ]
@@ -85,18 +85,18 @@ def section_of(folder: str) -> str:
     return known.get(folder, "#speed" if folder.startswith("speed") else "#pairs")
 
 
-def _answer(answer: Answer, depth: str) -> str:
+def _answer(answer: Answer) -> str:
     lines = [f"## {answer.question}", "\n".join(f"- {sentence}" for sentence in answer.sentences)]
-    evidence = ", ".join(_link(link, depth) for link in answer.evidence)
+    evidence = ", ".join(_link(link) for link in answer.evidence)
     lines.append(f"Strength: **{answer.strength}**." + (f" Evidence: {evidence}." if evidence else ""))
     return "\n\n".join(lines)
 
 
-def _link(link: Link, depth: str) -> str:
-    return f"[{link.text}]({depth}/{link.path})"
+def _link(link: Link) -> str:
+    return f"[{link.text}](../results/{link.path})"  # as seen from docs/
 
 
-def _claims(rulings: Sequence[Ruled], depth: str) -> str:
+def _claims(rulings: Sequence[Ruled]) -> str:
     counted = {
         ruling: sum(one.ruling == ruling for one in rulings) for ruling in dict.fromkeys(r.ruling for r in rulings)
     }
@@ -105,7 +105,7 @@ def _claims(rulings: Sequence[Ruled], depth: str) -> str:
             "claim": [one.claim.text for one in rulings],
             "source": [one.claim.source for one in rulings],
             "here": [one.ruling for one in rulings],
-            "why": [_why(one, depth) for one in rulings],
+            "why": [_why(one) for one in rulings],
         }
     )
     notes = (
@@ -118,8 +118,8 @@ def _claims(rulings: Sequence[Ruled], depth: str) -> str:
     return to_markdown(Table("claims", "Claim by claim", text, text, notes))
 
 
-def _why(ruled: Ruled, depth: str) -> str:
-    links = ", ".join(_link(link, depth) for link in ruled.found.evidence)
+def _why(ruled: Ruled) -> str:
+    links = ", ".join(_link(link) for link in ruled.found.evidence)
     return f"{ruled.found.words} ({links})" if links else ruled.found.words
 
 

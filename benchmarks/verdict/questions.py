@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.mechanisms.tables import BOUND, interval, multiplier
 from benchmarks.reporting.views import is_baseline
-from benchmarks.verdict.evidence import Answer, Evidence, Link, Mechanism, Strength, Study, find_best, merges
-
-MECHANISMS = "python -m benchmarks.run --suite mechanisms"
+from benchmarks.verdict.contest import find_best
+from benchmarks.verdict.evidence import (
+    Answer,
+    Evidence,
+    Link,
+    Mechanism,
+    Strength,
+    Study,
+    merges,
+    ratio_column,
+)
 
 
 def answer_all(evidence: Evidence) -> list[Answer]:
     """All seven, in the order of the page."""
-    return [ask(evidence) for ask in QUESTIONS]
+    asked = (question.answer(evidence) for question in QUESTIONS)
+    return [answer_related(evidence), *asked, answer_fastest(evidence)]
 
 
 # ---------------------------------------------------------------------- the suites
@@ -75,52 +84,35 @@ def _tell_difference(row: pd.Series) -> str:
 # ---------------------------------------------------------------------- the mechanisms
 
 
-def answer_contradicting(evidence: Evidence) -> Answer:
+def answer_contradicting(question: str, found: Mechanism) -> Answer:
     """Tasks whose answers to the same input differ."""
-    question = "Tasks that contradict each other: which method?"
-    found = evidence.mechanisms.get("conflict")
-    if found is None:
-        return _not_run(question, MECHANISMS)
     return _answer_teacher(question, found, "conflict", max(found.frame["conflict"]))
 
 
-def answer_many(evidence: Evidence) -> Answer:
+def answer_many(question: str, found: Mechanism) -> Answer:
     """Dozens of tasks."""
-    question = "Many tasks: which method?"
-    found = evidence.mechanisms.get("tasks")
-    if found is None:
-        return _not_run(question, f"{MECHANISMS} --tasks tasks")
-    most = max(found.frame["tasks"])
+    most, few = max(found.frame["tasks"]), min(found.frame["tasks"])
     answer = _answer_teacher(question, found, "tasks", most)
-    few = min(found.frame["tasks"])
-    best, *_ = find_best(_contest(found, tasks=most))
-    return Answer(
-        question,
-        answer.choice,
-        (*answer.sentences, f"At {few} tasks {best} explains {_score(found, best, tasks=few)}."),
-        answer.evidence,
-        answer.strength,
+    best = find_best(_contest(found, tasks=most)).best
+    return replace(
+        answer, sentences=(*answer.sentences, f"At {few} tasks {best} explains {_score(found, best, tasks=few)}.")
     )
 
 
-def answer_without_ids(evidence: Evidence) -> Answer:
+def answer_without_ids(question: str, found: Mechanism) -> Answer:
     """No one says at inference which task a row is of."""
-    question = "No task ids at inference: which method?"
-    found = evidence.mechanisms.get("conflict")
-    if found is None:
-        return _not_run(question, MECHANISMS)
     deaf = [name for name in found.deaf() if name != found.oracle]
     if not deaf:
         told = ("All methods of these runs need ids.",)
         return Answer(question, "none", told, (_link(found, "swap-loss"),), Strength.DECIDED)
     low, high = min(found.frame["conflict"]), max(found.frame["conflict"])
     rows = _contest(found, conflict=low)
-    best, near, below = find_best(rows[rows["method"].isin(deaf)])
+    contest = find_best(rows[rows["method"].isin(deaf)])
     sentences = (
         f"{', '.join(deaf)} need no ids: wrong ids change none of their answers.",
         (
-            f"Where all tasks ask for one update, {best} explains most of these, {_score(found, best, conflict=low)}"
-            f"{_beaten(near, below)}"
+            f"Where all tasks ask for one update, {contest.best} explains most of these, "
+            f"{_score(found, contest.best, conflict=low)}, {contest.words}."
         ),
         (
             f"Where tasks contradict each other, no method can do without ids: the {BOUND} explains "
@@ -128,38 +120,30 @@ def answer_without_ids(evidence: Evidence) -> Answer:
         ),
     )
     links = (_link(found, "swap-loss"), _link(found, "scores"))
-    return Answer(question, _choice(best, near), sentences, links, _strength(near, below))
+    return Answer(question, contest.choice, sentences, links, contest.strength)
 
 
-def answer_merged(evidence: Evidence) -> Answer:
+def answer_merged(question: str, found: Mechanism) -> Answer:
     """The adapter must be folded into the weights."""
-    question = "The adapter must be merged: which method?"
-    found = evidence.mechanisms.get("conflict")
-    if found is None:
-        return _not_run(question, MECHANISMS)
     high = max(found.frame["conflict"])
     rows = _contest(found, conflict=high)
     names = [str(name) for name in rows["method"].unique()]
     folding = [name for name in names if merges(name)]
-    best, near, below = find_best(rows[rows["method"].isin(folding)])
+    contest = find_best(rows[rows["method"].isin(folding)])
     sentences = (
         f"{', '.join(name for name in names if name not in folding) or 'No method'} cannot be merged.",
         (
-            f"Of those that can, {best} explains most of tasks that contradict each other, "
-            f"{_score(found, best, conflict=high)}{_beaten(near, below)}"
+            f"Of those that can, {contest.best} explains most of tasks that contradict each other, "
+            f"{_score(found, contest.best, conflict=high)}, {contest.words}."
         ),
         "On related tasks the first answer holds, without those that cannot.",
     )
     links = (_link(found, "scores"), _link(found, "pairs"))
-    return Answer(question, _choice(best, near), sentences, links, _strength(near, below))
+    return Answer(question, contest.choice, sentences, links, contest.strength)
 
 
-def answer_smallest(evidence: Evidence) -> Answer:
+def answer_smallest(question: str, found: Mechanism) -> Answer:
     """As few parameters as possible at the reference's score."""
-    question = "Fewest parameters at an equal score: which method?"
-    found = evidence.mechanisms.get("sizes")
-    if found is None:
-        return _not_run(question, f"{MECHANISMS} --tasks sizes")
     experiment = found.asked.experiment
     rank = experiment.ranks_of_reference[len(experiment.ranks_of_reference) // 2]
     sentences, certain, leaders = [], [], []
@@ -194,38 +178,56 @@ def answer_smallest(evidence: Evidence) -> Answer:
 def answer_fastest(evidence: Evidence) -> Answer:
     """The shortest training step."""
     question = "Fastest to train: which method?"
-    tables = [table for table in evidence.speed if "Training step" in table["title"] and _ratio(table) is not None]
+    tables = [
+        table for table in evidence.speed if "Training step" in table["title"] and ratio_column(table) is not None
+    ]
     if not tables:
         return _not_run(question, "python -m benchmarks.speed --backbone minilm --methods all --mode train")
     sentences, links, fastest = [], [], []
     for table in tables:
         rows = pd.DataFrame(table["rows"], columns=table["columns"])
-        ratio = str(_ratio(table))
+        ratio = str(ratio_column(table))
         own = rows[~rows["contestant"].str.contains("frozen|peft")]
         known = own.assign(number=own[ratio].str.extract(r"([\d.]+)", expand=False).astype(float))
         known = known.dropna(subset=["number"]).sort_values("number")
         fastest.append(str(known["contestant"].iloc[0]))
         told = ", ".join(f"{row['contestant']} {row[ratio]}" for _, row in known.iterrows())
         sentences.append(f"{table['title']}, {ratio.removeprefix('x ')} as 1: {told}.")
-        links.append(Link(table["title"], _below(evidence, table["file"])))
-    sentences.append("Merged adapters cost nothing at inference.")
+        links.append(evidence.link(table))
+    sentences += [f"{one.words}." for one in evidence.merged]
+    links += [one.link for one in evidence.merged]
     choice = ", ".join(dict.fromkeys(fastest))
     return Answer(question, choice, tuple(sentences), tuple(dict.fromkeys(links)), Strength.MEASURED)
 
 
-def _ratio(table: dict[str, Any]) -> str | None:
-    """The column of times over those of the reference, where the table has one."""
-    return next((column for column in table["columns"] if column.startswith("x ")), None)
+@dataclass(frozen=True)
+class Question:
+    """One that an experiment answers.
+
+    Attributes:
+        text: as people ask it.
+        experiment: of the mechanisms.
+        ask: answers from the experiment's runs.
+    """
+
+    text: str
+    experiment: str
+    ask: Callable[[str, Mechanism], Answer]
+
+    def answer(self, evidence: Evidence) -> Answer:
+        """The answer, or the command that makes its runs."""
+        found = evidence.mechanisms.get(self.experiment)
+        if found is None:
+            return _not_run(self.text, f"python -m benchmarks.run --suite mechanisms --tasks {self.experiment}")
+        return self.ask(self.text, found)
 
 
-QUESTIONS: tuple[Callable[[Evidence], Answer], ...] = (
-    answer_related,
-    answer_contradicting,
-    answer_many,
-    answer_without_ids,
-    answer_merged,
-    answer_smallest,
-    answer_fastest,
+QUESTIONS = (
+    Question("Tasks that contradict each other: which method?", "conflict", answer_contradicting),
+    Question("Many tasks: which method?", "tasks", answer_many),
+    Question("No task ids at inference: which method?", "conflict", answer_without_ids),
+    Question("The adapter must be merged: which method?", "conflict", answer_merged),
+    Question("Fewest parameters at an equal score: which method?", "sizes", answer_smallest),
 )
 
 
@@ -235,17 +237,19 @@ QUESTIONS: tuple[Callable[[Evidence], Answer], ...] = (
 def _answer_teacher(question: str, found: Mechanism, field: str, value: float) -> Answer:
     """The best method on one teacher, beside the bound and the reference."""
     rows = _contest(found, **{field: value})
-    best, near, below = find_best(rows)
-    reference = found.asked.experiment.reference
+    contest, reference = find_best(rows), found.asked.experiment.reference
     sentences = [
-        f"At {field} {value:g}, {best} explains {_score(found, best, **{field: value})}{_beaten(near, below)}",
+        (
+            f"At {field} {value:g}, {contest.best} explains {_score(found, contest.best, **{field: value})}, "
+            f"{contest.words}."
+        ),
         f"The {BOUND} explains R2 {_shown(rows['bound'])}.",
         f"The oracle, {found.oracle}, explains {_score(found, found.oracle, **{field: value})}.",
     ]
-    if best != reference:
+    if contest.best != reference:
         sentences.append(f"{reference} explains {_score(found, reference, **{field: value})}.")
     links = (_link(found, "scores"), _link(found, "pairs"))
-    return Answer(question, _choice(best, near), tuple(sentences), links, _strength(near, below))
+    return Answer(question, contest.choice, tuple(sentences), links, contest.strength)
 
 
 def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
@@ -254,26 +258,16 @@ def _contest(found: Mechanism, **where: float) -> pd.DataFrame:
     return rows[rows["method"] != found.oracle]
 
 
-def _beaten(near: Sequence[str], below: Sequence[str]) -> str:
-    said = f", decided above {', '.join(below)}" if below else ", decided above no other method"
-    return f"{said}; as good, or not told apart: {', '.join(near)}." if near else f"{said}."
-
-
-def _choice(best: str, near: Sequence[str]) -> str:
-    return f"{best} (as good: {', '.join(near)})" if near else best
-
-
-def _strength(near: Sequence[str], below: Sequence[str]) -> Strength:
-    return Strength.DECIDED if not near else Strength.PARTLY if below else Strength.UNDECIDED
-
-
-def _score(found: Mechanism, method: str, **where: float) -> str:
+def _score(found: Mechanism, method: str | None, **where: float) -> str:
     rows = found.at(**where)
     return f"R2 {_shown(rows[rows['method'] == method]['score'])}"
 
 
 def _shown(values: pd.Series) -> str:
-    mean, half = interval(values.dropna().tolist())
+    known = values.dropna().tolist()
+    if not known:
+        return "unknown"
+    mean, half = interval(known)
     return f"{mean:.2f}" if np.isnan(half) or half < 0.005 else f"{mean:.2f} ± {half:.2f}"
 
 
@@ -284,10 +278,6 @@ def _link(found: Mechanism, table: str) -> Link:
 
 def _link_study(study: Study, table: str) -> Link:
     return Link(study.folder.name, f"{study.folder.name}/tables/{table}.md")
-
-
-def _below(evidence: Evidence, file: str) -> str:
-    return file.removeprefix(f"{evidence.root.as_posix()}/")
 
 
 def _not_run(question: str, command: str) -> Answer:

@@ -24,6 +24,7 @@ from benchmarks.mechanisms.teachers import Curriculum
 from benchmarks.mechanisms.tuning import choose_rate
 from benchmarks.protocols.halving import Halving
 from benchmarks.protocols.protocol import UsageError
+from benchmarks.records.store import RecordError
 from benchmarks.run import main
 from moepeft.config import expert_sizes
 
@@ -123,11 +124,24 @@ def test_half_a_line_at_the_end_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-10])
+    torn = path.read_text()
     again = Archive(tmp_path)
+    assert path.read_text() == torn  # another process may be at work on it
     assert again.find(runs[0]) is not None
     assert again.missing(runs) == [runs[1]]
     pretend(again, lambda rate: 0.5)(runs)
     assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(("name", "named"), [("runs.jsonl", "line 1"), ("machines.jsonl", "machines")])
+def test_a_damaged_archive_is_named_with_its_line(tmp_path: Path, name: str, named: str) -> None:
+    archive = Archive(tmp_path)
+    pretend(archive, lambda rate: 0.5)([plan_run(Curriculum(), Lesson(), "lora", moepeft.method("lora"), 1e-3, 0)])
+    archive.note_machine("as typed")
+    path = tmp_path / name
+    path.write_text("{]" + path.read_text())
+    with pytest.raises(RecordError, match=named):
+        Archive(tmp_path).machines()
 
 
 def test_a_run_that_cannot_be_made_is_an_outcome_that_says_why() -> None:
@@ -262,7 +276,12 @@ def test_fields_of_the_command_line_configure_a_student() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--backbone", "minilm"], "--backbone"), (["--tasks", "nothing"], "nothing"), (["--methods", "lorra"], "lorra")],
+    [
+        (["--backbone", "minilm"], "--backbone"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--tasks", "nothing"], "nothing"),
+        (["--methods", "lorra"], "lorra"),
+    ],
 )
 def test_what_the_suite_does_not_know_is_one_line(
     flags: list[str], named: str, capsys: pytest.CaptureFixture[str]

@@ -18,8 +18,6 @@ from benchmarks.mechanisms.asked import Asked
 from benchmarks.mechanisms.command import run_mechanisms
 from benchmarks.mechanisms.experiments import Experiment
 from benchmarks.mechanisms.frame import Incomplete
-from benchmarks.mechanisms.students import Lesson
-from benchmarks.protocols.halving import Halving
 from benchmarks.records.schema import Tuning
 from benchmarks.report import Options, run
 from benchmarks.reporting.build import write_report
@@ -27,27 +25,20 @@ from benchmarks.verdict.claims import (
     CountClaim,
     ExperimentClaim,
     Found,
+    MergeClaim,
     MultiplierClaim,
     SuiteClaim,
     read_claims,
     rule_on_claims,
 )
-from benchmarks.verdict.evidence import Evidence, Mechanism, Strength, find_best
+from benchmarks.verdict.contest import find_best
+from benchmarks.verdict.evidence import Answer, Evidence, Mechanism, Strength
 from benchmarks.verdict.page import write_verdict
-from benchmarks.verdict.questions import answer_all, answer_contradicting, answer_merged, answer_without_ids
+from benchmarks.verdict.questions import answer_all
+from tests.benchmarks.unit.test_mechanism_suite import TINY
 from tests.support.tables import fill
 
-CONFLICT = Experiment(
-    name="conflict",
-    question="Does it run?",
-    teacher={"width": 16, "inner": 24, "tasks": 3},
-    vary={"conflict": (0.0, 1.0)},
-    oracle="lora-per-task",
-    reference="lora",
-    lesson=Lesson(steps=12, warmup=3, rows=8, exams=(), exam_rows=16),
-    tuning=Halving(rates=(1e-3, 1e-2), seeds=(1000,), first_steps=4, extensions=1),
-    seeds=(0, 1),
-)
+CONFLICT = TINY.model_copy(update={"name": "conflict", "oracle": "lora-per-task"})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +64,9 @@ def work(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def pretend(scores: dict[str, list[float]], *, experiment: Experiment = CONFLICT, **columns: object) -> Mechanism:
     """An experiment whose teacher of conflict 1 gave these scores by seed."""
     rows = [
-        {"method": method, "conflict": 1.0, "seed": seed, "score": score, "bound": 0.1, "size": np.nan, **columns}
+        {"method": method, "conflict": 1.0, "seed": seed, "score": score, "bound": 0.1, "size": np.nan}
+        | {"at_edge": False}
+        | columns
         for method, own in scores.items()
         for seed, score in enumerate(own)
     ]
@@ -86,6 +79,12 @@ def with_mechanisms(**mechanisms: Mechanism) -> Evidence:
     evidence = Evidence(Path("nowhere"))
     evidence.__dict__["mechanisms"] = mechanisms
     return evidence
+
+
+def answered(about: str, **mechanisms: Mechanism) -> Answer:
+    """The answer to the one question that has these words."""
+    (answer,) = (one for one in answer_all(with_mechanisms(**mechanisms)) if about in one.question)
+    return answer
 
 
 SCORES = {
@@ -101,7 +100,7 @@ SCORES = {
 
 
 def test_the_best_is_named_with_whom_it_beats_and_whom_it_does_not() -> None:
-    answer = answer_contradicting(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5)))
+    answer = answered("contradict", conflict=pretend(SCORES, swap_loss=0.5))
     first = answer.sentences[0]
     beaten, _, near = first.partition("as good, or not told apart:")
     assert "moelora explains" in beaten or "more explains" in beaten
@@ -112,22 +111,55 @@ def test_the_best_is_named_with_whom_it_beats_and_whom_it_does_not() -> None:
 
 def test_a_difference_that_nobody_would_see_counts_as_none_however_certain() -> None:
     scores = SCORES | {"more": [score - 0.004 - seed / 1e5 for seed, score in enumerate(SCORES["moelora"])]}
-    best, near, below = find_best(pretend(scores).at(conflict=1.0).query("method != 'lora-per-task'"))
-    assert (best, near) == ("moelora", ["more"])
-    assert set(below) == {"lora", "mixlora"}
+    contest = find_best(pretend(scores).at(conflict=1.0).query("method != 'lora-per-task'"))
+    assert (contest.best, contest.near) == ("moelora", ("more",))
+    assert set(contest.below) == {"lora", "mixlora"}
+
+
+def test_a_method_that_failed_on_a_seed_neither_wins_nor_loses() -> None:
+    scores = SCORES | {"more": [1.5, 1.6, 1.5, float("nan")]}
+    answer = answered("contradict", conflict=pretend(scores, swap_loss=0.5))
+    assert answer.choice == "moelora"
+    assert "failed on a seed: more" in answer.sentences[0]
+    assert answer.strength is Strength.PARTLY
+    broken = {name: [float("nan")] * 4 for name in SCORES}
+    assert answered("contradict", conflict=pretend(broken, swap_loss=0.5)).strength is Strength.UNDECIDED
+
+
+def test_nothing_is_decided_above_a_method_whose_rate_is_at_an_edge() -> None:
+    found = pretend(SCORES, swap_loss=0.5)
+    found.frame["at_edge"] = found.frame["method"] == "lora"
+    contest = find_best(found.at(conflict=1.0).query("method != 'lora-per-task'"))
+    assert "lora" in contest.near
+    assert rule_on_claims(with_mechanisms(conflict=found), [claim("moelora", "lora")])[0].ruling == "undecided here"
+
+
+def test_merged_without_latency_is_what_the_tables_say(tmp_path: Path) -> None:
+    folder = tmp_path / "speed-merged" / "tables"
+    folder.mkdir(parents=True)
+    text = (
+        "### Prefill\n\n| contestant | x peft |\n|:--|--:|\n| frozen | 0.77 (0.73 to 0.79) |\n| ept (merged) | {} |\n"
+    )
+    one = MergeClaim(text="?", source="?", kind="merges", method="ept")
+    for cell, ruling in (("0.75 (0.73 to 0.79)", "reproduced"), ("0.95 (0.93 to 0.99)", "not reproduced")):
+        (folder / "speed.md").write_text(text.format(cell))
+        assert rule_on_claims(Evidence(tmp_path), [one])[0].ruling == ruling
+    assert rule_on_claims(Evidence(tmp_path / "nowhere"), [one])[0].ruling == "untested here"
+    other = one.model_copy(update={"method": "mixlora"})
+    assert rule_on_claims(Evidence(tmp_path), [other])[0].ruling == "not reproduced"
 
 
 def test_an_oracle_is_no_answer() -> None:
     for answer in (
-        answer_contradicting(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5))),
-        answer_merged(with_mechanisms(conflict=pretend(SCORES, swap_loss=0.5))),
+        answered("contradict", conflict=pretend(SCORES, swap_loss=0.5)),
+        answered("merged", conflict=pretend(SCORES, swap_loss=0.5)),
     ):
         assert not any(sentence.startswith("lora-per-task") for sentence in answer.sentences)
 
 
 def test_what_cannot_be_merged_does_not_win_among_what_must_be() -> None:
     scores = SCORES | {"mixlora": [2.0, 2.1, 2.2, 2.0]}
-    answer = answer_merged(with_mechanisms(conflict=pretend(scores, swap_loss=0.5)))
+    answer = answered("merged", conflict=pretend(scores, swap_loss=0.5))
     assert answer.sentences[0].startswith("mixlora ")
     assert "mixlora" not in answer.sentences[1]
 
@@ -135,7 +167,7 @@ def test_what_cannot_be_merged_does_not_win_among_what_must_be() -> None:
 def test_methods_that_ids_do_not_reach_are_found_by_their_answers() -> None:
     found = pretend(SCORES)
     found.frame["swap_loss"] = found.frame["method"].map({"lora": 0.0, "mixlora": 0.0}).fillna(0.4)
-    answer = answer_without_ids(with_mechanisms(conflict=found))
+    answer = answered("No task ids", conflict=found)
     assert answer.sentences[0].startswith("lora, mixlora ")
     assert "mixlora explains" in answer.sentences[1]
     assert answer.strength is Strength.DECIDED
