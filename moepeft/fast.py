@@ -16,6 +16,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 _enabled = True
+_by_definition: frozenset[object] = frozenset()
 
 
 class fast_paths:  # noqa: N801 - reads as a statement, as torch.no_grad does
@@ -26,18 +27,24 @@ class fast_paths:  # noqa: N801 - reads as a statement, as torch.no_grad does
 
     Args:
         wanted: True for fast paths, False for definitions.
+        of: a definition that has a fast path, such as `moepeft.methods.ept.add_pyramid`, outside of compiled graphs;
+            None: all of them.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        global _enabled
-        self._before, _enabled = _enabled, wanted
+    def __init__(self, wanted: bool, of: Callable[..., Any] | None = None) -> None:
+        global _enabled, _by_definition  # noqa: PLW0603
+        self._before = _enabled, _by_definition
+        if of is None:
+            _enabled = wanted
+        else:
+            _by_definition = _by_definition - {of} if wanted else _by_definition | {of}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _enabled  # noqa: PLW0603
-        _enabled = self._before
+        global _enabled, _by_definition
+        _enabled, _by_definition = self._before
 
 
 def fast_paths_enabled() -> bool:
@@ -63,7 +70,8 @@ def has_fast_path(fast: Callable[..., Any], *, compiled: bool = True) -> Callabl
     def decorate(definition: F) -> F:
         @functools.wraps(definition)
         def either(*args: Any, **kwargs: Any) -> Any:
-            use_fast = _enabled and (compiled or not torch.compiler.is_compiling())
+            alone = compiled if torch.compiler.is_compiling() else tied not in _by_definition
+            use_fast = _enabled and alone
             return (fast if use_fast else definition)(*args, **kwargs)
 
         tied = cast(WithFastPath, either)

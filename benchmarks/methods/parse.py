@@ -14,6 +14,7 @@ from benchmarks.methods.peft import SPEC_PREFIX, PeftMethod
 from benchmarks.methods.registered import Moepeft
 from moepeft.config import ablations
 from moepeft.errors import UnknownMethod
+from moepeft.protocols import AdapterFactory
 from moepeft.registry import factory_class
 
 ABLATIONS = "ablations"
@@ -52,8 +53,18 @@ def parse_method(name: str, num_tasks: int) -> Method:
         return PeftMethod.parse(name, num_tasks)
     if SUFFIX in name:
         return load_own_method(name, num_tasks)
+    return Moepeft(name, configure(name, num_tasks))
+
+
+def configure(name: str, num_tasks: int) -> AdapterFactory:
+    """The configuration of a registered method, with or without ``@preset`` and fields.
+
+    Raises:
+        UnknownMethod: the name is not registered.
+        ConfigError: a field is unknown, or a value is refused.
+    """
     spec, fields = _split_fields(name)
-    return Moepeft(name, moepeft.method(spec, num_tasks=num_tasks, **fields))
+    return moepeft.method(spec, num_tasks=num_tasks, **fields)
 
 
 def _split_fields(name: str) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.flags import parse_flags
-from benchmarks.speed.options import Options, check, configure_methods
+from benchmarks.speed.options import Options, check, configure_methods, find_definitions
 
 # Whatever imports torch is imported where it is needed: `--help` and wrong flags answer at once.
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _main(options: Options, command: str) -> int:
     from benchmarks.speed.hosts import build_host
 
     check(options)
-    entries = enter(configure_methods(options), definitions=options.definitions)
+    entries = enter(configure_methods(options), definitions=find_definitions(options))
     device = resolve_device(options.device)
     prepare_device(device)
     if options.threads is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ class Contestant:
         attachment: the adapters, None where they are not this library's.
         trains: whether a training step goes backward.
         merged: its update is folded into the weights while it has its turn.
-        by_definition: it is computed without fast paths.
+        without: what else surrounds its turn: fast paths that are switched off.
         sites: how many layers are adapted.
     """
 
@@ -51,7 +52,7 @@ class Contestant:
     attachment: Attachment | None = None
     trains: bool = True
     merged: bool = False
-    by_definition: bool = False
+    without: Callable[[], AbstractContextManager[Any]] | None = None
     sites: int = 0
 
     @property
@@ -71,7 +72,7 @@ class Contestant:
     def turn(self) -> Iterator[None]:
         """The state in which it is timed."""
         with (
-            fast_paths(False) if self.by_definition else nullcontext(),
+            nullcontext() if self.without is None else self.without(),
             self._merge_meanwhile() if self.merged else nullcontext(),
         ):
             yield
@@ -130,19 +131,27 @@ def reference_label(rank: int = REFERENCE_RANK) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method that takes part: its configuration, and whether it is computed without fast paths."""
+    """A method that takes part: its configuration, and which fast paths are switched off while it has its turn."""
 
     factory: AdapterFactory
-    by_definition: bool = False
+    without: Callable[[], AbstractContextManager[Any]] | None = None
 
 
-def enter(factories: Mapping[str, AdapterFactory], *, definitions: bool) -> dict[str, Entry]:
-    """The methods by the names of their rows; with `definitions` each is followed by a twin without fast paths."""
+def enter(
+    factories: Mapping[str, AdapterFactory], definitions: Mapping[str, Callable[..., Any] | None] = MappingProxyType({})
+) -> dict[str, Entry]:
+    """The methods by the names of their rows, each followed by a twin for every definition.
+
+    Args:
+        factories: the configurations.
+        definitions: by name, what a twin computes by definition; None for everything.
+    """
     entries = {}
     for name, factory in factories.items():
         entries[name] = Entry(factory)
-        if definitions:
-            entries[f"{name} (definition)"] = Entry(factory, by_definition=True)
+        for definition, function in definitions.items():
+            what = "definition" if function is None else f"{definition} by definition"
+            entries[f"{name} ({what})"] = Entry(factory, partial(fast_paths, False, of=function))
     return entries
 
 
@@ -157,7 +166,7 @@ def adapted(label: str, host: nn.Module, entry: Entry, sites: Sequence[str] | No
         _callable(model, compiled),
         parameters,
         attachment,
-        by_definition=entry.by_definition,
+        without=entry.without,
         sites=attachment.parameter_count().sites,
     )
 
@@ -165,7 +174,11 @@ def adapted(label: str, host: nn.Module, entry: Entry, sites: Sequence[str] | No
 def merged(contestant: Contestant) -> Contestant | None:
     """The contestant with its update folded into the weights; None for a method that cannot, and for a twin."""
     attachment = contestant.attachment
-    if attachment is None or attachment.factory.capabilities.not_mergeable is not None or contestant.by_definition:
+    if (
+        attachment is None
+        or attachment.factory.capabilities.not_mergeable is not None
+        or contestant.without is not None
+    ):
         return None
     return replace(contestant, label=f"{contestant.label} (merged)", merged=True)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -31,9 +31,8 @@ class Options:
     """minilm, t5-base, deberta-v3-base, llama-2-7b, or one linear layer as INxOUT; default: minilm, and 768x768 with
     --grow."""
     methods: tuple[str, ...] = ("all",)
-    """Methods, each with or without @preset; `all` registered ones."""
-    fields: list[str] = field(default_factory=list)
-    """Hyper-parameters over the preset's, each as NAME:KEY=VALUE, e.g. name:rank=16 "name@preset:kernels=(2, 4)"."""
+    """Comma-separated methods, each with or without @preset and fields, e.g. NAME@rank=16+alpha=8; `all` registered
+    ones."""
     mode: tuple[Mode, ...] = AT_TRUE_SHAPES
     """What to time; decode needs a model that generates. host, on its own: a training step of 4 x 16 tokens on a model
     of this kind with two layers of width 32, so small that the step is all dispatch."""
@@ -67,8 +66,9 @@ class Options:
     """Rounds that do."""
     peak_tflops: float | None = None
     """The device's peak at this type in 10^12 operations per second: adds the column MFU."""
-    definitions: bool = False
-    """Also time every method by its definitions, without fast paths."""
+    definitions: tuple[str, ...] = ()
+    """Also time every method without fast paths: `all` of them at once, or comma-separated definitions one by one, e.g.
+    ops.linear.with_row_mean."""
     grow: tuple[Axis, ...] = ()
     """Instead, how the time on one layer grows over experts, rank, length or tasks."""
     json: Path | None = None
@@ -128,6 +128,8 @@ def check(options: Options) -> None:
         raise UsageError(f"--peak-tflops {options.peak_tflops}: give a number above 0")
     if options.tiny and (options.mode != ("host",) or options.layers or single_layer(options.host)):
         raise UsageError("--mode host: give it alone, without --layers, for a model: its shapes are not the true ones")
+    if options.compile and set(options.definitions) - {"all"}:
+        raise UsageError("--definitions: compiled graphs know all fast paths or none: give `all`, or no --compile")
     if options.grow and single_layer(options.host) is None:
         raise UsageError(f"--grow is measured on one layer: give --backbone as INxOUT, not {options.host!r}")
 
@@ -139,31 +141,31 @@ def configure_methods(options: Options) -> dict[str, AdapterFactory]:
         UsageError: a method or field is unknown, or a value is refused.
     """
     import moepeft
+    from benchmarks.methods.parse import configure
     from moepeft.errors import ConfigError, UnknownMethod
 
     names = [one for name in options.methods for one in (moepeft.available() if name == "all" else (name,))]
     if not names:
         raise UsageError("--methods names no method; leave it out to time all")
-    fields = read_fields(options.fields)
-    for name in fields:
-        if name not in names:
-            raise UsageError(f"--fields {name}: it is not among the methods {', '.join(names)}; write it as there")
     try:
-        return {name: moepeft.method(name, num_tasks=options.tasks, **fields.get(name, {})) for name in names}
+        return {name: configure(name, options.tasks) for name in names}
     except (UnknownMethod, ConfigError) as error:
         raise UsageError(str(error)) from error
 
 
-def read_fields(words: list[str]) -> Mapping[str, Mapping[str, Any]]:
-    """Words ``name:key=value`` as name -> key -> value; a value is a Python literal, else a word."""
-    fields: dict[str, dict[str, Any]] = {}
-    for word in words:
-        name, _, rest = word.partition(":")
-        key, _, value = rest.partition("=")
-        if not (name and key and value):
-            raise UsageError(f"--fields {word!r}: write name:key=value, several separated by spaces")
+def find_definitions(options: Options) -> dict[str, Callable[..., Any] | None]:
+    """The definitions by which methods are timed as well, by name; None for all of them at once.
+
+    Raises:
+        UsageError: there is no such definition, or it has no fast path.
+    """
+    found: dict[str, Callable[..., Any] | None] = {}
+    for name in options.definitions:
+        module, _, function = f"moepeft.{name}".rpartition(".")
         try:
-            fields.setdefault(name, {})[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            fields.setdefault(name, {})[key] = value
-    return fields
+            found[name] = None if name == "all" else getattr(import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"--definitions {name}: {error}") from error
+        if found[name] is not None and not hasattr(found[name], "definition"):
+            raise UsageError(f"--definitions {name}: it has no fast path; docs/fast-paths.md lists those that have")
+    return found

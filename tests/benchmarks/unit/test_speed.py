@@ -9,7 +9,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ from benchmarks.speed.contestants import (
 from benchmarks.speed.costs import measure_costs
 from benchmarks.speed.growth import REFERENCE, VALUES, NotOnAxis, fit_exponent, scaled, workload_at
 from benchmarks.speed.hosts import FeedForward, build_host, kind_of, sharing_copy
-from benchmarks.speed.options import Options, read_fields
+from benchmarks.speed.options import Options, find_definitions
 from benchmarks.speed.tables import milliseconds
 from benchmarks.speed.workloads import Workload, make_step, supports
 from moepeft.fast import fast_paths_enabled
+from moepeft.ops.linear import with_row_mean
 from moepeft.sites import find_sites
 
 CPU = torch.device("cpu")
@@ -222,7 +223,7 @@ def test_merged_only_during_its_turn() -> None:
 
 
 def test_a_twin_has_its_turn_without_fast_paths() -> None:
-    entries = enter({"more": moepeft.method("more", num_tasks=2)}, definitions=True)
+    entries = enter({"more": moepeft.method("more", num_tasks=2)}, {"all": None})
     assert list(entries) == ["more", "more (definition)"]
     host = tiny("32x48")
     seen = {}
@@ -233,6 +234,24 @@ def test_a_twin_has_its_turn_without_fast_paths() -> None:
         interleave([step], warmup=0, repeats=1, device=CPU)
         assert fast_paths_enabled()
     assert seen == {"more": True, "more (definition)": False}
+
+
+def test_a_twin_may_lack_one_fast_path() -> None:
+    """The others stay: seen by the functions that run."""
+    name = "ops.linear.with_row_mean"
+    definitions = find_definitions(Options(definitions=(name,)))
+    entries = enter({"more": moepeft.method("more", num_tasks=2)}, definitions)
+    label = f"more ({name} by definition)"
+    assert list(entries) == ["more", label]
+    contestant = adapted(label, tiny("32x48"), entries[label], None, compiled=False)
+    x, shares = torch.randn(2, 3, 4, requires_grad=True), torch.full((2, 3), 1 / 3)
+    nodes = []
+    for turn in (nullcontext, contestant.turn):
+        with turn():
+            nodes.append(type(with_row_mean(x, shares)[1].grad_fn).__name__)
+            assert fast_paths_enabled()
+    assert "WithWeightedSum" in nodes[0]
+    assert "WithWeightedSum" not in nodes[1]
 
 
 def test_layers_are_cut_and_dropout_is_off(small_models: None) -> None:
@@ -435,7 +454,7 @@ def test_the_network_is_one_feed_forward_block() -> None:
 
 def test_comparison_on_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run(
-        "--backbone", "32x48", "--methods", "lora,ept,mixlora", "--definitions", "--mode", "train,prefill",
+        "--backbone", "32x48", "--methods", "lora,ept,mixlora", "--definitions", "all", "--mode", "train,prefill",
         "--inference-rows", "1,3", "--results", str(tmp_path), "--json", str(tmp_path / "all.json"),
     )  # fmt: skip
     assert code == 0  # a method that cannot adapt a single layer is no failure
@@ -524,9 +543,10 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--warmup", "-1"], "--warmup -1"),
         (["--peak-tflops", "0"], "--peak-tflops 0"),
         (["--inference-rows", "1,0"], "--inference-rows"),
-        (["--fields", "ept"], "name:key=value"),
-        (["--fields", "ept:rank=2", "--methods", "lora"], "not among the methods"),
-        (["--fields", "ept:rnk=2"], "Did you mean rank"),
+        (["--methods", "ept@rnk=2"], "Did you mean rank"),
+        (["--definitions", "ops.linear.nothing"], "has no attribute"),
+        (["--definitions", "ops.linear.per_row"], "has no fast path"),
+        (["--definitions", "ops.linear.with_row_mean", "--compile"], "all fast paths or none"),
         (["--backbone", "8x8", "--layers", "1"], "single layer"),
         (["--sites", "nowhere"], "matches none"),
     ],
@@ -539,12 +559,6 @@ def test_wrong_usage_is_one_line(
     assert message in output.err
     assert len(output.err.splitlines()) == 1
     assert output.out == ""
-
-
-def test_fields_are_literals_or_words() -> None:
-    words = ["ept:kernels=(2, 4)", "ept:routing=token", "mixlora@released:top_k=1"]
-    assert read_fields(words) == {"ept": {"kernels": (2, 4), "routing": "token"}, "mixlora@released": {"top_k": 1}}
-    assert read_fields([]) == {}
 
 
 def test_a_table_of_its_own_for_what_does_not_compare() -> None:
