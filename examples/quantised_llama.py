@@ -1,4 +1,4 @@
-"""Adapters on a LLaMA whose frozen weights are stored in 4 bit: attach, train, save; a merge is refused."""
+"""Adapters on a LLaMA whose frozen weights are stored in 4 bit: attach, train, save, merge."""
 
 import argparse
 import importlib.util
@@ -29,10 +29,7 @@ def main() -> None:
         optimiser.step()
         optimiser.zero_grad()
     adapters.save("llama-adapters")
-    try:
-        adapters.merge(task=0)
-    except moepeft.MoepeftError as error:
-        print(error)  # noqa: T201
+    adapters.merge(task=0)  # quantises again: a warning says what the rounding loses
 
 
 if __name__ == "__main__":

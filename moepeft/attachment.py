@@ -211,7 +211,8 @@ class Attachment:
             keep: False saves the second copy of the adapted weights: `unmerge` and `disabled` are refused then.
 
         Raises:
-            NotMergeable: the update depends on the input, a weight is quantised, or the result is not finite.
+            NotMergeable: the update depends on the input, a weight is no matrix of known numbers, or the result is
+                not finite.
         """
         merging.merge(self.state, task, keep=keep)
 

@@ -4,12 +4,17 @@ Whose a weight is: an update may go into a weight that belongs to the layer alon
 that another layer reads as well (tied embeddings) would change that layer too. A weight that is computed at every call
 (weight_norm, spectral_norm, other parametrizations, pruning) would be computed anew, without the update. Both are
 refused before anything is changed.
+
+A weight of bitsandbytes in 4 or 8 bit is read, changed and quantised again (`moepeft.weights`). A warning says what the
+second rounding loses of the update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +29,7 @@ from .shards import is_sharded
 from .sites import LinearSite
 from .state import State
 from .trained import of_no_base
+from .weights import Weight, stored_weight
 
 
 @torch.no_grad()
@@ -38,21 +44,27 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     check(state, task)
     check_weights(state)
     base = identity.describe(state.model, of_no_base(state.model))
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {}
+    lost: dict[str, float] = {}
     for site in () if keep else state.sites:
         _merged_weight(state, site, task)  # whatever it raises, it raises before a weight has changed
     try:
         for site in state.sites:
             weight, merged = _weight(state.layer(site), site), _merged_weight(state, site, task)
             if keep:
-                kept[site.name] = weight.detach().clone()
-            weight.copy_(merged)
+                kept[site.name] = weight.keep()
+            update = merged - weight.read() if weight.rounds else None
+            weight.write(merged)
+            if update is not None:
+                lost[site.name] = float((weight.read() - merged).norm() / update.norm().clamp(min=1e-30))
     except BaseException:
-        _copy_into({name: weight for name, weight in _changed(state).items() if name in kept}, kept)
+        _restore({name: weight for name, weight in _changed(state).items() if name in kept}, kept)
         raise
-    own = heads.own_values(state)
-    kept |= {name: value.detach().clone() for name, value in own.items() if keep}
-    _copy_into(own, heads.values_of(state, task))
+    _warn_of_rounding(lost)
+    own, values = _heads(state), heads.values_of(state, task)
+    kept |= {name: value.keep() for name, value in own.items() if keep}
+    for name, value in own.items():
+        value.write(values[name])
     heads.unbind(state)
     for site in state.sites:
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
@@ -74,7 +86,7 @@ def unmerge(state: State) -> None:
     if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
     _check_kept(state.kept)
-    _copy_into(_changed(state), state.kept)
+    _restore(_changed(state), state.kept)
     for site in state.sites:
         bind(state.layer(site))
     heads.bind(state)
@@ -103,20 +115,36 @@ def bare_weights(state: State) -> Iterator[None]:
         return
     _check_kept(kept)
     weights = _changed(state)
-    merged = {name: weight.detach().clone() for name, weight in weights.items()}
-    _copy_into(weights, kept)
+    merged = {name: weight.keep() for name, weight in weights.items()}
+    _restore(weights, kept)
     try:
         yield
     finally:
-        _copy_into(weights, merged)
+        _restore(weights, merged)
 
 
-def _changed(state: State) -> dict[str, Tensor]:
+def _changed(state: State) -> dict[str, Weight]:
     """What merging writes to: a weight of every site, and the modules whose tasks have copies of their own."""
-    return {**{site.name: _weight(state.layer(site), site) for site in state.sites}, **heads.own_values(state)}
+    return {**{site.name: _weight(state.layer(site), site) for site in state.sites}, **_heads(state)}
 
 
-def _check_kept(kept: dict[str, Tensor]) -> None:
+def _heads(state: State) -> dict[str, Weight]:
+    return {name: Weight(value) for name, value in heads.own_values(state).items()}
+
+
+def _warn_of_rounding(lost: Mapping[str, float]) -> None:
+    """Say what quantising again lost: the norm of the rounding error beside that of the update."""
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        warnings.warn(
+            f"merge: {len(lost)} quantised weights were rounded again after the update. At worst, in {worst!r}, the "
+            f"rounding error is {lost[worst]:.2f} times the update. To lose nothing, load() the saved adapters onto "
+            "the unquantised base and merge there",
+            stacklevel=2,
+        )
+
+
+def _check_kept(kept: Mapping[str, Any]) -> None:
     if not kept:
         raise NotMergeable(
             "the adapters were merged with keep=False, so the weights of before are gone: load the base model anew, or "
@@ -125,9 +153,9 @@ def _check_kept(kept: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _copy_into(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _restore(weights: Mapping[str, Weight], kept: Mapping[str, Any]) -> None:
     for name, weight in weights.items():
-        weight.copy_(values[name])
+        weight.restore(kept[name])
 
 
 def check_weights(state: State) -> None:
@@ -140,11 +168,12 @@ def check_weights(state: State) -> None:
     owners: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
     for name, module in state.model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not tensor.is_meta and tensor.is_floating_point():
+            if tensor is not None and not tensor.is_meta:
                 place = tensor.untyped_storage().data_ptr()
                 owners.setdefault(place, []).append((f"{name}.{key}" if name else key, module, tensor))
     for site, module in layers.values():
-        weight = _weight(module, site)
+        _weight(module, site)
+        weight: Tensor = module.weight  # type: ignore[assignment]
         if is_sharded(weight):
             raise NotMergeable(
                 f"the weight of {site.name!r} is sharded over processes: save(), then load() onto a whole base and "
@@ -209,7 +238,8 @@ def frozen_weight(state: State, site: LinearSite) -> Tensor:
     """The weight of an adapted layer as (out_features, in_features).
 
     Raises:
-        NotMergeable: it is quantised, merged, or belongs also to positions, which the update leaves alone.
+        NotMergeable: its numbers are not known, it is merged, or it belongs also to positions, which the update leaves
+            alone.
     """
     if state.merged:
         raise NotMergeable("the adapters are merged already: call unmerge() first")
@@ -218,13 +248,13 @@ def frozen_weight(state: State, site: LinearSite) -> Tensor:
             "the adapted projections also read a table of relative positions (DeBERTa), which the update leaves "
             "alone: leave the query and key projections out of `sites`"
         )
-    weight = _weight(state.layer(site), site)
+    weight = _weight(state.layer(site), site).read()
     return weight.T if _is_transposed(state.layer(site)) else weight
 
 
 def _merged_weight(state: State, site: LinearSite, task: int | None) -> Tensor:
     module = state.layer(site)
-    weight = _weight(module, site)
+    weight = _weight(module, site).read()
     adapter = state.adapters[site.name]
     assert isinstance(adapter, Mergeable), f"{type(adapter).__name__} says it merges but has no delta_weight"
     with torch.no_grad():
@@ -239,18 +269,19 @@ def _merged_weight(state: State, site: LinearSite, task: int | None) -> Tensor:
     return total
 
 
-def _weight(module: nn.Module, site: LinearSite) -> Tensor:
+def _weight(module: nn.Module, site: LinearSite) -> Weight:
     weight = module.weight
     assert isinstance(weight, Tensor)
     shape = (site.out_features, site.in_features)
     expected = shape[::-1] if _is_transposed(module) else shape
-    if not weight.is_floating_point() or tuple(weight.shape) != expected:
+    stored = stored_weight(module)
+    if stored is None or (not stored.rounds and tuple(weight.shape) != expected):
         raise NotMergeable(
-            f"the weight of {site.name!r} is {weight.dtype} of shape {tuple(weight.shape)}, not a floating-point "
-            f"matrix of shape {expected}: quantised layers cannot take an update. Load the base unquantised (or call "
-            "its dequantize()), load() the saved adapters onto it, and merge there"
+            f"the weight of {site.name!r} is {weight.dtype} of shape {tuple(weight.shape)}, neither a floating-point "
+            f"matrix of shape {expected} nor one that bitsandbytes quantised. Load the base unquantised (or call its "
+            "dequantize()), load() the saved adapters onto it, and merge there"
         )
-    return weight
+    return stored
 
 
 def _is_transposed(module: nn.Module) -> bool:

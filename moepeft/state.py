@@ -96,7 +96,7 @@ class State:
             if neighbours
             else {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         )
-        self.kept: dict[str, Tensor] | None = None
+        self.kept: dict[str, Any] | None = None
         self.base: dict[str, Any] | None = None
         self.merged_task: int | None = None
         self.steps = False

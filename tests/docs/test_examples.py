@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,17 @@ def test_sft_to_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quantised_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In 4 bit where bitsandbytes is installed; elsewhere it says that it is not."""
-    run("quantised_llama.py", tmp_path, monkeypatch)
-    out = capsys.readouterr().out
     quantised = importlib.util.find_spec("bitsandbytes") is not None
-    assert ("quantised layers cannot take an update" in out) == quantised
+    with pytest.warns(UserWarning, match="rounded again") if quantised else nullcontext():
+        run("quantised_llama.py", tmp_path, monkeypatch)
+    out = capsys.readouterr().out
     assert ("pip install bitsandbytes" in out) != quantised
     assert (tmp_path / "llama-adapters" / "adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("method", moepeft.available())
-def test_quantised_base_trains_saves_and_refuses_to_merge(bits: int, method: str, tmp_path: Path) -> None:
+def test_quantised_base_trains_saves_and_merges(bits: int, method: str, tmp_path: Path) -> None:
     """With the Trainer, which by itself refuses quantised models without peft's adapters."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -128,8 +129,15 @@ def test_quantised_base_trains_saves_and_refuses_to_merge(bits: int, method: str
     again = base().eval()
     moepeft.load(again, tmp_path)
     assert torch.allclose(again(ids, task_ids=[0, 1] * 4).logits, expected, atol=1e-5)
-    with pytest.raises(NotMergeable):
-        adapters.merge(task=0 if adapters.factory.capabilities.routing == "task" else None)
+    task = 0 if adapters.factory.capabilities.routing == "task" else None
+    if adapters.factory.capabilities.not_mergeable is not None:
+        with pytest.raises(NotMergeable):
+            adapters.merge(task=task)
+        return
+    with pytest.warns(UserWarning, match="rounding error"):
+        adapters.merge(task=task)
+    adapters.unmerge()
+    assert torch.equal(model(ids, task_ids=[0, 1] * 4).logits, expected)
 
 
 def rows_of(task: str, split: str) -> pd.DataFrame:
