@@ -27,7 +27,8 @@ class Lesson:
         positions: of a row.
         clip_norm: bound of the gradient norm.
         average: decay of the moving average of the weights that is examined.
-        exams: steps after which the student is examined; the last one is `steps`.
+        exams: steps after which the student is examined; the last one is `steps`. None: at the end alone, and without
+            what stands beside the score, as a trial of a rate is.
         exam_rows: per task.
         first_tasks: if not 0, only this many tasks are taught at first, and only the others afterwards.
         first_steps: how long only the first tasks are taught.
@@ -54,7 +55,7 @@ class Lesson:
     def with_steps(self, steps: int, *, exams: bool = True) -> Self:
         """The same lesson in another number of steps; the steps of the first tasks keep their share."""
         first = max(1, self.first_steps * steps // self.steps) if self.first_tasks else 0
-        kept = tuple(exam for exam in self.exams if exam < steps) if exams else ()
+        kept = (*(exam for exam in self.exams if exam < steps), steps) if exams else ()
         return replace(self, steps=steps, exams=kept, first_steps=first)
 
     def tasks_at(self, step: int, tasks: int) -> tuple[int, int]:
@@ -72,8 +73,8 @@ class Report:
         parameters: trainable numbers.
         curve: by number of steps, the explained share (R2) of every task.
         usage: by number of steps, (T, E) the mean gate of every expert on a task's rows, mean over sites; empty for a
-            method without gates.
-        swapped: (T, T) R2 of task row's answers under task column's id, after the last step.
+            method without gates, and without exams.
+        swapped: (T, T) R2 of task row's answers under task column's id, after the last step; (0, 0) without exams.
         diverged: the loss or a gradient was not finite; the curve ends before that.
     """
 
@@ -105,7 +106,7 @@ def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: fl
     parameters = sum(parameter.numel() for parameter in adapters.parameters())
     curve: dict[int, tuple[float, ...]] = {}
     usage: dict[int, Tensor] = {}
-    swapped = torch.full((teacher.tasks, teacher.tasks), float("nan"))
+    swapped = torch.full((teacher.tasks, teacher.tasks), float("nan")) if lesson.exams else torch.empty(0, 0)
     diverged = False
     try:
         for step in _steps(teacher, host, adapters, lesson, rate, seed):
@@ -113,9 +114,9 @@ def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: fl
             if step in lesson.exams or step in (lesson.first_steps, lesson.steps):
                 with averaged.applied():
                     curve[step] = tuple(examine(teacher, host, lesson).tolist())
-                    used = expert_usage(teacher, adapters, lesson)
+                    used = expert_usage(teacher, adapters, lesson) if lesson.exams else None
                     usage |= {} if used is None else {step: used}
-                    if step == lesson.steps:
+                    if lesson.exams and step == lesson.steps:
                         swapped = examine_swapped(teacher, host, lesson)
     except Divergence:
         diverged = True
