@@ -68,7 +68,7 @@ class Options:
     """The device's peak at this type in 10^12 operations per second: adds the column MFU."""
     definitions: tuple[str, ...] = ()
     """Also time every method without fast paths: `all` of them at once, or comma-separated definitions one by one, e.g.
-    ops.linear.with_row_mean."""
+    methods.tucka.correct_input."""
     grow: tuple[Axis, ...] = ()
     """Instead, how the time on one layer grows over experts, rank, length or tasks."""
     json: Path | None = None

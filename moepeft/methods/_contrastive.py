@@ -17,7 +17,7 @@ from torch import Tensor
 from moepeft.context import SiteContext
 from moepeft.fast import has_fast_path
 from moepeft.methods._fast import contrastive as _fast
-from moepeft.ops.linear import first_position, with_row_mean
+from moepeft.ops.linear import first_position, row_mean
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.segments import Segments
 from moepeft.protocols import LinearSite
@@ -77,10 +77,8 @@ def contrastive_task_loss(terms: Sequence[ContrastiveTerm], temperature: float) 
     return torch.stack(losses).mean()
 
 
-def with_summary(
-    x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str
-) -> tuple[Float[Tensor, "rows *n d"], Float[Tensor, "sequences d"]]:
-    """The input, and what stands for a row in a contrastive loss: the mean of its real tokens, or position 0.
+def summarise(x: Float[Tensor, "rows *n d"], ctx: SiteContext, anchor: str) -> Float[Tensor, "sequences d"]:
+    """What stands for a row in a contrastive loss: the mean of its real tokens, or position 0.
 
     Where rows are packed, each of their sequences counts as a row.
     """
@@ -88,10 +86,10 @@ def with_summary(
     if segments is not None:
         first = anchor == "first"
         make = (lambda: x[segments.first]) if first else (lambda: segments.means(x))
-        return x, ctx.of_input("segment_first" if first else "segment_mean", x, make)
+        return ctx.of_input("segment_first" if first else "segment_mean", x, make)
     if anchor == "first":
-        return x, first_position(x)
-    return ctx.of_input("row_mean", x, lambda: with_row_mean(x, ctx.token_shares(x)))
+        return first_position(x)
+    return ctx.of_input("row_mean", x, lambda: row_mean(x, ctx.token_shares(x)))
 
 
 def record_contrastive(

@@ -48,7 +48,7 @@ from moepeft.methods._contrastive import (
     contrastive_task_loss,
     gives_term,
     record_contrastive,
-    with_summary,
+    summarise,
 )
 from moepeft.methods._fast import ept as _fast
 from moepeft.methods._prepared import Prepared, prepare_sites
@@ -305,7 +305,7 @@ class EPTAdapter(nn.Module):
         made: Prepared = ctx.prepared or prepare_sites([self], None if tasks is None else tasks.unsqueeze(1))[0]
         gates, ready = (self.route(x), made.ready) if made.gates is None else made.spread(rows, ctx)
         if tasks is not None and wants_loss:
-            x, summary = with_summary(x, ctx, self.config.anchor)
+            summary = summarise(x, ctx, self.config.anchor)
             table = self.task_embedding.clone() if made.table is None else made.table
             record_contrastive(ctx, summary, table, tasks)
         ctx.stat("gates", gates)

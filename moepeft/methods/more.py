@@ -46,7 +46,7 @@ from moepeft.methods._contrastive import (
     contrastive_task_loss,
     gives_term,
     record_contrastive,
-    with_summary,
+    summarise,
 )
 from moepeft.methods._released.more import RECIPES, FrozenChoice
 from moepeft.methods._task_gates import Selector, route_rows
@@ -247,7 +247,7 @@ class MoREAdapter(nn.Module):
         tasks = ctx.tasks(x.shape[0])
         w, table = ctx.prepared or self.select(tasks)
         if self.training and self.gives_term:
-            x, summary = with_summary(x, ctx, self.config.anchor)
+            summary = summarise(x, ctx, self.config.anchor)
             record_contrastive(ctx, summary, table, tasks)
         y = base(x)
         w = ctx.spread(w, x.shape[0], f"weights of {len(w)} rows")

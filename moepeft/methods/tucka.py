@@ -47,7 +47,7 @@ from moepeft.methods._fast import tucka as _fast
 from moepeft.methods._released.tucka import PRESETS, RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_positive
 from moepeft.ops.draws import uniform
-from moepeft.ops.linear import token_shares, with_row_mean
+from moepeft.ops.linear import row_mean, token_shares
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.processes import has_processes, one_thread_at_a_time
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -166,13 +166,10 @@ class Router(nn.Module):
         self.register_buffer("initialised", torch.tensor(config.centroids == "kaiming"))
         self._ready = config.centroids == "kaiming"
 
-    def route(self, x: Tensor, ctx: SiteContext) -> Tensor:
+    def route(self, x: Tensor, ctx: SiteContext) -> None:
         """At the first site of this forward, choose group and weights from its input and leave them for every site.
 
         Which site is the first is seen, not known: the code of the model may call its layers in another order.
-
-        Returns:
-            The input, for that site.
 
         Raises:
             Unsupported: its input is not as wide as the centroids.
@@ -182,7 +179,7 @@ class Router(nn.Module):
             again = ctx.recomputes or (ctx.continues and not self.config.hold)
             again = again or self.config.positions == "adapted"  # the table of positions is routed by as well
             if not (again and left.site == ctx.site.name):
-                return x
+                return
         if x.shape[-1] != self.centroids.shape[1]:
             raise Unsupported(
                 f"TuckA routes by the input of the first adapted layer to run, whose width it took to be "
@@ -190,14 +187,13 @@ class Router(nn.Module):
                 f"attach(exclude=[{ctx.site.name!r}])"
             )
         mask = ctx.mask(x) if self.config.mean == "real" else None
-        x, rows = with_row_mean(x, token_shares(x, mask)) if self.config.routing == "row" else (x, _batch_mean(x, mask))
+        rows = row_mean(x, token_shares(x, mask)) if self.config.routing == "row" else _batch_mean(x, mask)
         rows = rows.to(self.centroids.dtype)
         if ctx.synchronised and self.training and self.config.routing == "batch":
             positions = x[..., 0].numel() if mask is None else mask.sum()
             totals = ctx.joint_sum(F.pad(rows, (0, 1), value=1.0) * positions)
             rows = totals[:, :-1] / totals[:, -1:].clamp(min=1)
         ctx.put(self.KEY, Routing(ctx.site.name, *self(rows)))
-        return x
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Tensor, Tensor, Tensor]:
         """`Routing.group`, `weights` and `gates` of each row."""
@@ -304,7 +300,7 @@ class TuckAAdapter(nn.Module):
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output for the corrected input."""
         router = self._router[0]
-        x = router.route(x, ctx)
+        router.route(x, ctx)
         routing: Routing = ctx.get(Router.KEY)
         ctx.stat("group", routing.group)
         ctx.stat("scores", routing.weights)

@@ -7,10 +7,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moepeft.fast import has_fast_path
-
-from . import _fast
-
 
 def computing_type(x: Tensor) -> torch.dtype:
     """The type of products with x: autocast's where it is on."""
@@ -56,15 +52,9 @@ def token_shares(
     return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-@has_fast_path(_fast.with_row_mean)
-def with_row_mean(
-    x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]
-) -> tuple[Float[Tensor, "rows *positions d"], Float[Tensor, "rows d"]]:
-    """x, for whatever else reads it, and the mean of each row over its positions, weighted by `token_shares`.
-
-    A row without positions is its own mean.
-    """
-    return x, x if x.dim() == 2 else torch.einsum("rt,rtd->rd", shares, x.flatten(1, -2))
+def row_mean(x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows d"]:
+    """The mean of each row over its positions, weighted by `token_shares`; a row without positions is its own mean."""
+    return x if x.dim() == 2 else torch.einsum("rt,rtd->rd", shares, x.flatten(1, -2))
 
 
 def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:

@@ -9,7 +9,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from benchmarks.speed.options import Options, find_definitions
 from benchmarks.speed.tables import milliseconds
 from benchmarks.speed.workloads import Workload, make_step, supports
 from moepeft.fast import fast_paths_enabled
-from moepeft.ops.linear import with_row_mean
 from moepeft.sites import find_sites
+from tests.library.property.test_fast_paths import called_by
 
 CPU = torch.device("cpu")
 
@@ -238,20 +238,20 @@ def test_a_twin_has_its_turn_without_fast_paths() -> None:
 
 def test_a_twin_may_lack_one_fast_path() -> None:
     """The others stay: seen by the functions that run."""
-    name = "ops.linear.with_row_mean"
-    definitions = find_definitions(Options(definitions=(name,)))
-    entries = enter({"more": moepeft.method("more", num_tasks=2)}, definitions)
+    name = "methods._contrastive.contrastive_task_loss"
+    entries = enter({"more": moepeft.method("more", num_tasks=2)}, find_definitions(Options(definitions=(name,))))
     label = f"more ({name} by definition)"
     assert list(entries) == ["more", label]
-    contestant = adapted(label, tiny("32x48"), entries[label], None, compiled=False)
-    x, shares = torch.randn(2, 3, 4, requires_grad=True), torch.full((2, 3), 1 / 3)
-    nodes = []
-    for turn in (nullcontext, contestant.turn):
-        with turn():
-            nodes.append(type(with_row_mean(x, shares)[1].grad_fn).__name__)
+    host, names = tiny("32x48"), {}
+    for each, entry in entries.items():
+        contestant = adapted(each, host, entry, None, compiled=False)
+        step = make_step(contestant, host, Workload("train", 4, 5, 2))
+        with contestant.turn():
+            names[each] = {code.co_qualname for code in called_by(step.run)}
             assert fast_paths_enabled()
-    assert "WithWeightedSum" in nodes[0]
-    assert "WithWeightedSum" not in nodes[1]
+    assert {"_sum_over_sites", "route_rows"} <= names["more"]
+    assert "_sum_over_sites" not in names[label]
+    assert "route_rows" in names[label]
 
 
 def test_layers_are_cut_and_dropout_is_off(small_models: None) -> None:
@@ -546,7 +546,7 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--methods", "ept@rnk=2"], "Did you mean rank"),
         (["--definitions", "ops.linear.nothing"], "has no attribute"),
         (["--definitions", "ops.linear.per_row"], "has no fast path"),
-        (["--definitions", "ops.linear.with_row_mean", "--compile"], "all fast paths or none"),
+        (["--definitions", "methods.tucka.correct_input", "--compile"], "all fast paths or none"),
         (["--backbone", "8x8", "--layers", "1"], "single layer"),
         (["--sites", "nowhere"], "matches none"),
     ],
