@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -76,12 +77,19 @@ class Experiment(BaseModel):
         if not self.ranks_of_reference:
             yield None, factory
             return
-        sites = find_sites(FeedForward(curriculum.width, curriculum.inner))
         for rank in self.ranks_of_reference:
-            target = count(replace(configure(self.reference, curriculum.tasks), rank=rank), sites)
-            yield rank, nearest(factory, sites, target).factory
+            yield rank, _as_large(method, self.reference, rank, curriculum)
 
 
+@functools.cache  # a table asks for the same students many times
+def _as_large(method: str, reference: str, rank: int, curriculum: Curriculum) -> AdapterFactory:
+    """The method with as many numbers as the reference has at that rank."""
+    sites = find_sites(FeedForward(curriculum.width, curriculum.inner))
+    target = count(replace(configure(reference, curriculum.tasks), rank=rank), sites)
+    return nearest(configure(method, curriculum.tasks), sites, target).factory
+
+
+@functools.cache
 def configure(method: str, tasks: int) -> Any:
     """The configuration of a registered method, by name, preset and fields as on the command line.
 
