@@ -21,6 +21,7 @@ import moepeft
 from benchmarks.tasks import load_task
 from moepeft.bridges.trainer import AdapterTrainer
 from moepeft.errors import NotMergeable
+from tests.conftest import FIRST_METHODS
 from tests.library.unit.test_bridge_trainer import arguments
 from tests.support.hosts import VOCABULARY
 
@@ -101,7 +102,13 @@ def test_quantised_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("method", moepeft.available())
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in FIRST_METHODS else (pytest.mark.slow, pytest.mark.exhaustive))
+        for name in moepeft.available()
+    ],
+)
 def test_quantised_base_trains_saves_and_merges(bits: int, method: str, tmp_path: Path) -> None:
     """With the Trainer, which by itself refuses quantised models without peft's adapters."""
     pytest.importorskip("bitsandbytes")
