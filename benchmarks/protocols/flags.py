@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from inspect import cleandoc
@@ -67,6 +68,10 @@ def optional(flag: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
+_OUTSIDE_OF_BRACKETS = re.compile(r",(?![^\[]*\])")
+"""The commas of ``lora,ept@kernels=[2,4]`` that separate items."""
+
+
 @_REGISTRY.primitive_rule
 def comma_list(flag: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[Any, ...]] | None:
     """How tyro reads ``tuple[X, ...]``; None for every other type, which tyro then reads by its own rules."""
@@ -81,7 +86,7 @@ def comma_list(flag: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[tuple[Any, .
         return item.instance_from_str([word])
 
     def read(words: list[str]) -> tuple[Any, ...]:
-        return tuple(read_item(word.strip()) for word in words[0].split(",") if word.strip())
+        return tuple(read_item(word.strip()) for word in _OUTSIDE_OF_BRACKETS.split(words[0]) if word.strip())
 
     def write(items: tuple[Any, ...]) -> list[str]:
         return [",".join(word for each in items for word in item.str_from_instance(each))]

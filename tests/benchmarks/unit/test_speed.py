@@ -498,8 +498,10 @@ def test_share_of_the_peak(tmp_path: Path) -> None:
     ("name", "dtype"), [("minilm", "bf16"), ("t5-base", "fp32"), ("llama-2-7b", "bf16"), ("deberta-v3-base", "fp32")]
 )
 def test_every_mode_on_every_kind_of_model(small_models: None, tmp_path: Path, name: str, dtype: str) -> None:
+    fields = {"mixlora": "mixlora@rank=2", "ept": "ept@kernels=[1,2]"}
+    methods = [fields.get(method, method) for method in moepeft.available()]
     code = run(
-        "--backbone", name, "--inference-rows", "2", "--tasks", "3", "--fields", "mixlora:rank=2", "ept:kernels=(1, 2)",
+        "--backbone", name, "--inference-rows", "2", "--tasks", "3", "--methods", ",".join(methods),
         "--dtype", dtype, "--results", str(tmp_path), "--json", str(tmp_path / "x.json"),
     )  # fmt: skip
     assert code == 0
@@ -508,7 +510,7 @@ def test_every_mode_on_every_kind_of_model(small_models: None, tmp_path: Path, n
     assert [group["workload"]["mode"] for group in groups] == ["train", "prefill", *(["decode"] if generates else [])]
     for group in groups:
         labels = [row["label"] for row in group["rows"]]
-        assert set(moepeft.available()) <= set(labels)
+        assert set(methods) <= set(labels)
         failed = {row["label"]: row["reason"] for row in group["rows"] if row["status"] != "ok"}
         # DeBERTa's table of positions goes through the projections, so that tasks cannot be merged there.
         assert all(name == "deberta-v3-base" and "(merged)" in label for label in failed), failed
