@@ -32,7 +32,6 @@ from .trained import of_no_base
 from .weights import Weight, stored_weight
 
 
-@torch.no_grad()
 def merge(state: State, task: int | None, *, keep: bool) -> None:
     """Add every site's update to its weight; on an error nothing has changed.
 
@@ -41,6 +40,12 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
         task: which task's update.
         keep: whether the weights as they were are kept. One merged weight is made at a time.
     """
+    _warn_of_rounding(_fold(state, task, keep=keep))  # last: where warnings are errors, the merge is whole
+
+
+@torch.no_grad()
+def _fold(state: State, task: int | None, *, keep: bool) -> dict[str, float]:
+    """`merge`; gives what quantising again lost, by site: the norm of the rounding error over that of the update."""
     check(state, task)
     check_weights(state)
     base = identity.describe(state.model, of_no_base(state.model))
@@ -60,7 +65,6 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     except BaseException:
         _restore({name: weight for name, weight in _changed(state).items() if name in kept}, kept)
         raise
-    _warn_of_rounding(lost)
     own, values = _heads(state), heads.values_of(state, task)
     kept |= {name: value.keep() for name, value in own.items() if keep}
     for name, value in own.items():
@@ -69,6 +73,7 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
     for site in state.sites:
         unbind(state.layer(site))  # the layer runs as the bare model's does, at its speed
     state.kept, state.merged_task, state.base = kept, task, base
+    return lost
 
 
 def merge_and_detach(state: State, task: int | None) -> None:
@@ -103,7 +108,7 @@ def unmerged(state: State) -> Iterator[None]:
         yield
     finally:
         if merged:
-            merge(state, task, keep=True)
+            _fold(state, task, keep=True)  # what is lost was said by `merge`
 
 
 @contextmanager
@@ -133,7 +138,7 @@ def _heads(state: State) -> dict[str, Weight]:
 
 
 def _warn_of_rounding(lost: Mapping[str, float]) -> None:
-    """Say what quantising again lost: the norm of the rounding error beside that of the update."""
+    """Say what quantising again lost, if anything was quantised."""
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,6 +134,22 @@ def test_a_warning_says_how_much_is_lost(model: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain.merge()
+
+
+def test_where_warnings_are_errors_the_merge_is_whole(model: nn.Module, tmp_path: Path) -> None:
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    adapters = with_update(model)
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="rounding error"):
+            adapters.merge()
+        assert adapters.merged
+        merged = model(x)
+        adapters.save(tmp_path)  # unmerges and merges again, and says nothing twice
+    assert torch.equal(model(x), merged)
+    adapters.unmerge()
+    assert torch.equal(model(x), expected)
 
 
 def test_a_merge_that_fails_leaves_the_weights(model: nn.Module) -> None:
