@@ -58,10 +58,12 @@ def _fold(state: State, task: int | None, *, keep: bool) -> dict[str, float]:
             weight, merged = _weight(state.layer(site), site), _merged_weight(state, site, task)
             if keep:
                 kept[site.name] = weight.keep()
-            update = merged - weight.read() if weight.rounds else None
+            size = (merged - weight.read()).norm() if weight.rounds else None
+            if size == 0:
+                continue  # not rounded for nothing
             weight.write(merged)
-            if update is not None:
-                lost[site.name] = float((weight.read() - merged).norm() / update.norm().clamp(min=1e-30))
+            if size is not None:
+                lost[site.name] = float((weight.read() - merged).norm() / size)
     except BaseException:
         _restore({name: weight for name, weight in _changed(state).items() if name in kept}, kept)
         raise

@@ -109,8 +109,9 @@ class EightBit(_Quantised):
 def stored_weight(layer: nn.Module) -> Weight | None:
     """How the weight of a layer is read and written; None if it is no matrix of numbers that is known here."""
     weight: Any = layer.weight
-    if weight.is_floating_point():
-        return Weight(weight)
-    if type(weight).__name__ == "Params4bit":
+    kind, quantised = type(weight).__name__, not weight.is_floating_point()
+    if kind == "Params4bit" and weight.quant_state is not None:  # which may be stored as floating-point numbers
         return FourBit(layer)
-    return EightBit(layer) if type(weight).__name__ == "Int8Params" else None
+    if kind == "Int8Params" and quantised:
+        return EightBit(layer)
+    return None if quantised else Weight(weight)
