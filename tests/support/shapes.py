@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
 
 from beartype import BeartypeConf, BeartypeHintOverrides, beartype
@@ -14,8 +15,16 @@ _checked: Any = beartype(conf=BeartypeConf(hint_overrides=BeartypeHintOverrides(
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check every call of `function`, unless it makes a configuration: those say themselves what a value should be."""
-    checked: Callable[..., Any] = function if _makes_a_configuration(function) else _checked(function)
+    """Check every call of `function`, unless it makes a configuration: those say themselves what a value should be.
+
+    jaxtyping asks twice: for the arguments alone, and with what was returned. The second time the arguments are known.
+    """
+    if _makes_a_configuration(function):
+        return function
+    returned = function.__annotations__.get("return", Any)
+    if returned is not Any:
+        function.__annotations__ = {"return": returned}
+    checked: Callable[..., Any] = _checked(function)
     return checked
 
 
@@ -24,3 +33,11 @@ def _makes_a_configuration(function: Callable[..., Any]) -> bool:
         return False
     _, *fields = inspect.signature(function).parameters.values()
     return bool(fields) and all(field.kind is field.KEYWORD_ONLY for field in fields)
+
+
+def modules_with_shapes() -> list[str]:
+    """The modules of the library that annotate shapes. Others have nothing to check, and are called all the time."""
+    library = Path(__file__).parents[2] / "moepeft"
+    annotated = (path for path in sorted(library.rglob("*.py")) if "from jaxtyping import" in path.read_text())
+    names = (".".join(path.relative_to(library.parent).with_suffix("").parts) for path in annotated)
+    return [name.removesuffix(".__init__") for name in names]

@@ -102,6 +102,7 @@ def alive(group: int) -> list[str]:
 # ---------------------------------------------------------------------- tuned and matched
 
 
+@pytest.mark.slow
 def test_a_tuned_run_tries_chooses_reports_and_does_nothing_twice(bench, capsys):
     flags = ("--methods", "lora", "--tune", "1e-3,1e-2", "--tune-steps", "2")
     assert bench(*flags, "--plan") == 0
@@ -162,6 +163,7 @@ def test_a_matched_run_has_sizes_that_agree_and_rows_for_what_cannot(bench, caps
 # ---------------------------------------------------------------------- shards
 
 
+@pytest.mark.slow
 def test_shards_have_all_cells_between_them_and_the_last_writes_the_tables(bench, capsys):
     flags = ("--methods", "lora,ept")
     assert bench(*flags, "--shard", "1/2") == 0

@@ -54,6 +54,7 @@ def test_a_csv_of_four_classes_runs_beside_a_built_in_task(
     )
 
 
+@pytest.mark.slow
 def test_changed_rows_are_other_cells(topics: Path, tmp_path: Path) -> None:
     assert run(topics, tmp_path / "results") == 0
     table = topics.parent / "topics.csv"

@@ -128,6 +128,7 @@ def test_what_a_record_says_is_consistent(bench):
         assert stsb.prediction.between(0, 5).all()
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers(bench):
     assert bench("lora") == 0
     assert bench("lora", "--results", "again") == 0
@@ -140,6 +141,7 @@ def test_the_same_command_gives_the_same_numbers(bench):
         pd.testing.assert_frame_equal(*both)
 
 
+@pytest.mark.slow
 def test_methods_see_the_same_rows_and_start_from_the_same_heads(bench):
     assert bench("lora,moelora,mixlora,tucka,ept,mola", "--steps", "2") == 0
     found = {name: one for name, one in records().items() if name != "majority/0"}
@@ -163,6 +165,7 @@ def test_a_deleted_record_is_the_only_cell_that_is_run_again(bench, ran):
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_other_cells_and_rerun_all_runs_again(bench, ran):
     assert bench("head") == 0
     ran.clear()
@@ -174,6 +177,7 @@ def test_other_settings_are_other_cells_and_rerun_all_runs_again(bench, ran):
     assert len(Store(Path("results")).all()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("failing")
 def test_failures_become_rows_and_the_other_methods_go_on(bench, ran, capsys):
     methods = "failing,failing@diverged,failing@oom,failing@unsupported,lora"
@@ -234,6 +238,7 @@ def test_plan_says_what_would_run_and_runs_nothing(bench, ran, capsys):
     assert lines[-1].startswith("1 of 3 cells to run")
 
 
+@pytest.mark.slow
 def test_a_budget_that_differs_is_an_error(bench, capsys):
     assert bench("lora") == 0
     (path,) = Path("results/records").glob("lora-*.json")
@@ -255,6 +260,7 @@ def test_a_damaged_record_is_named_not_overwritten(bench, capsys):
     assert path.read_text() == "{"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_where_it_stood(bench, ran, tmp_path):
     flags = ["--suite", "tiny.toml", "--results", "results", "--device", "cpu", "--methods", "lora", "--steps", "60"]
     command = [sys.executable, "-m", "benchmarks.run", *flags]

@@ -27,6 +27,7 @@ def test_a_number_of_another_setting_is_unexplained() -> None:
     assert verdict(other, measure(other), "searched in vain") == "unexplained: searched in vain"
 
 
+@pytest.mark.slow
 def test_one_more_task_and_merging() -> None:
     counts = {claim.method: measure(claim) for claim in CLAIMS if claim.shape == "t5-base" and claim.tasks == 8}
     assert counts["lora"].one_more_task == 0

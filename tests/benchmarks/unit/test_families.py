@@ -385,6 +385,7 @@ def test_a_prompt_names_its_task_where_that_is_asked_for():
 # ---------------------------------------------------------------------- the whole command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "backbone", "tasks", "scoring"),
     [

@@ -249,6 +249,7 @@ def test_the_load_of_experts_is_a_share() -> None:
     assert outcome.largest_share == pytest.approx(used.sum(axis=0).max() / 3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_runs_an_experiment_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "own.toml"
     path.write_text(

@@ -79,6 +79,7 @@ def test_a_worker_process_can_be_given_the_method(file: Path) -> None:
     assert again.factory == method.factory
 
 
+@pytest.mark.slow
 def test_the_method_runs_beside_registered_ones(file: Path, tmp_path: Path) -> None:
     flags = ["--backbone", "tiny-bert", "--tasks", "q_rte", "--steps", "2", "--batch-size", "4", "--eval-rows", "8"]
     assert main(["--methods", f"lora,{file}:Shift", *flags, "--results", str(tmp_path / "results")]) == 0

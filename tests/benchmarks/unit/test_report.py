@@ -145,6 +145,7 @@ def readme(filled, tmp_path) -> tuple[Path, Path]:
     return path, root
 
 
+@pytest.mark.slow
 def test_readme_block_is_rewritten_and_checked(readme, capsys):
     path, root = readme
     assert run(Options(results=(root,), readme=path, check=True, reference="alpha")) == 1
@@ -180,6 +181,7 @@ def test_the_bytes_of_a_figure_are_not_compared(readme):
     assert run(options) == 1
 
 
+@pytest.mark.slow
 def test_readme_shows_one_folder_and_check_reads_all(readme, monkeypatch):
     path, root = readme
     other = root.parent / "other"

@@ -127,6 +127,7 @@ def test_detectable_difference_is_larger_at_the_first_step_of_holm():
     assert measured.find_detectable(comparisons=6) == pytest.approx(0.02 * expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seeds", "of_runs", "of_examples"), [(3, 1e-4, 1e-5), (5, 1e-4, 1e-4), (5, 0.0, 1e-4)])
 def test_what_is_detectable_is_found_four_times_of_five(seeds, of_runs, of_examples):
     generator = np.random.default_rng(0)

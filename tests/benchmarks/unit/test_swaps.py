@@ -43,6 +43,7 @@ def answer(model: MultiTaskModel, task: TokenisedTask, position: int, told: int)
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["moelora", "ept", "more"])
 def test_skills_under_every_id_are_those_of_the_answers(method: str) -> None:
     model, data = attached(method), labelled(12)

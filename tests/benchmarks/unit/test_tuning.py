@@ -81,6 +81,7 @@ def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported(tmp_path):
     assert not ids(tuning_steps=5) & ids()
 
 
+@pytest.mark.slow
 def test_reported_cells_differ_in_their_rates_alone_and_say_how_they_were_found():
     rates = {"head": 2e-3, "lora": 5e-4, "ept": 1e-3}
     cells = tuned_cells(suite(seeds=(0, 1)), methods(), DATA, rates)

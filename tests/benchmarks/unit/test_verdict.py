@@ -245,6 +245,7 @@ def test_a_count_that_no_convention_gives_is_not_reproduced(tmp_path: Path) -> N
         assert rule_on_claims(Evidence(tmp_path), [one])[0].ruling == expected
 
 
+@pytest.mark.slow
 def test_a_suite_claim_is_the_paired_difference_of_the_records(results: Path) -> None:
     evidence = Evidence(results)
     one = SuiteClaim(text="?", source="?", kind="suite", suites=("small",), method="bravo", than="alpha")
@@ -265,6 +266,7 @@ def test_every_claim_of_the_file_names_what_exists() -> None:
 # ---------------------------------------------------------------------- the page and its records
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_checked(work: Path) -> None:
     assert run(Options(verdict=True)) == 0
     assert run(Options(verdict=True, check=True)) == 0
@@ -276,6 +278,7 @@ def test_the_committed_page_is_checked(work: Path) -> None:
     assert run(Options(check=True)) == 1
 
 
+@pytest.mark.slow
 def test_the_block_of_a_readme_follows_the_records(work: Path) -> None:
     readme = work / "README.md"
     markers = ("verdict:begin", "verdict:end", "results:begin results/small", "results:end")

@@ -59,7 +59,7 @@ everywhere = pytest.mark.parametrize(
     ("spec", "fast"),
     [
         *(pytest.param(spec, True, id=spec) for spec in BATCH_FIRST),
-        *(pytest.param(spec, False, id=f"{spec} by definitions", marks=pytest.mark.slow) for spec in BY_DEFINITIONS),
+        *(pytest.param(spec, False, id=f"{spec}-by-definition", marks=pytest.mark.slow) for spec in BY_DEFINITIONS),
     ],
     indirect=["fast"],
 )
@@ -126,6 +126,7 @@ def test_clause(clause: Clause, host: str, spec: str) -> None:
     check_clause(clause, make(spec), MODELS[host])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_check_method(spec: str) -> None:
     """On the hosts that ship with the library; configured for tasks by the check itself."""

@@ -128,6 +128,7 @@ def called_by(work: Callable[[], object]) -> set[CodeType]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_fast_path_is_used_and_gives_way() -> None:
     """No fast path is dead; none is left where definitions are asked for, nor a definition where they are not."""
     called: dict[bool, set[CodeType]] = {True: set(), False: set()}

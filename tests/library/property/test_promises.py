@@ -100,6 +100,7 @@ class Trained:
         assert torch.equal(self.model(self.x), self.bare(self.x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", moepeft.available())
 def test_random_configurations_keep_their_promises(name: str) -> None:
     moved = []

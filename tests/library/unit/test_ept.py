@@ -101,6 +101,7 @@ def test_a_pyramid_is_a_sum_of_kronecker_products(
             assert torch.allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("widths", [(8, 12), (9, 13)])
 def test_gradients_against_finite_differences(either: bool, widths: tuple[int, int], tokens: bool) -> None:

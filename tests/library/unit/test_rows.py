@@ -144,6 +144,7 @@ def test_whatever_begins_a_forward_is_routed_and_no_earlier_call_leaves_its_ids(
         assert torch.equal(model.forward(**inputs).logits, output(model, inputs))
 
 
+@pytest.mark.slow
 def test_threads_and_their_routes() -> None:
     model = build("bert")
     adapters = adapted(model, "ept")
