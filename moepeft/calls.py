@@ -10,7 +10,7 @@ dimensions made one (choices, frames of a video); nothing else. Task ids are nev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +40,7 @@ class UnknownMask(NamedTuple):
         return torch.compiler.is_compiling() or bool((self.given != self.given.flatten()[:1]).any())
 
 
-@dataclass(frozen=True)
-class Scope:
+class Scope(NamedTuple):
     """What one call of a model or of a part of it knows.
 
     Attributes:
@@ -59,7 +58,7 @@ class Scope:
     rows: int | None = None
     tokens: int | None = None
     copies: int | None = 1
-    masks: Mapping[Stream, tuple[Mask, ...]] = field(default_factory=dict)
+    masks: Mapping[Stream, tuple[Mask, ...]] = MappingProxyType({})
     main: Tensor | None = None
     sequence_first: bool = False
     unknown_mask: UnknownMask | None = None
@@ -67,7 +66,7 @@ class Scope:
 
     def past_the_call(self) -> Scope:
         """The same without the input, for what outlives the call."""
-        return replace(self, main=None)
+        return self._replace(main=None)
 
 
 def is_transposed(x: Tensor, rows: int | None) -> bool:
@@ -98,14 +97,14 @@ def open_scope(
     else:
         scope = _rows_and_tokens(main, raw, around, ids, copies, part.sequence_first)
     masks = {
-        stream: tuple(seen.setdefault(id(mask.given), mask) for mask in found)
+        stream: tuple([seen.setdefault(id(mask.given), mask) for mask in found])
         for stream, found in _masks(call, around, part, tower=raw, main=main).items()
     }
     # What the parts of a model of transformers call masks was made of what the model was given.
     unknown = _unknown_mask(call, part.known_masks) if around is None or not part.known_masks else None
     learned = None if raw or around is None else _learned(call, main, scope, around)
     unknown = unknown or (around.unknown_mask if around else None)
-    return replace(scope, masks=masks, main=main, unknown_mask=unknown, learned=learned)
+    return scope._replace(masks=masks, main=main, unknown_mask=unknown, learned=learned)
 
 
 def _learned(call: Mapping[str, Any], main: Tensor, scope: Scope, around: Scope) -> int | None:

@@ -126,7 +126,7 @@ class State:
     @property
     def device(self) -> torch.device:
         """Where the adapters' parameters are."""
-        return next(parameter.device for _, parameter in self.named_parameters())
+        return next(parameter.device for _, module in self.modules() for parameter in module.parameters())
 
     def layer(self, site: LinearSite) -> nn.Module:
         """The frozen layer of a site, wherever it stands by now: peft wraps it and takes its name.

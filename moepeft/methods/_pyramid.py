@@ -30,7 +30,8 @@ class Ready(NamedTuple):
 class Pyramid(NamedTuple):
     """What a site's experts are made of: the seed, and per scale, ascending, its kernels and f_e.
 
-    f_e is alpha / r times the dimension factor. `ready` is what the fast path has made of them.
+    f_e is alpha / r times the dimension factor. `ready` is what the fast path has made of them. `input_is_kept`: the
+    layer before keeps the site's input for its own backward.
     """
 
     A: Float[Tensor, "r i_s"]
@@ -38,6 +39,7 @@ class Pyramid(NamedTuple):
     kernels: Sequence[Float[Tensor, "_ _ _"]]
     factors: Sequence[float]
     ready: Ready | None = None
+    input_is_kept: bool = False
 
 
 class Definition(NamedTuple):

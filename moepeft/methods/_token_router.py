@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import LinearSite
 
@@ -39,7 +40,7 @@ class RoutedPairs(nn.Module):
         self.A = nn.Parameter(uniform((experts, rank, site.in_features), bound))
         self.B = nn.Parameter(uniform((experts, site.out_features, rank), 0.0))
         self.router = nn.Parameter(uniform((experts, site.in_features), bound))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout_of(dropout)
 
     def probabilities(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
         """softmax(W x) per token."""

@@ -37,6 +37,7 @@ from moepeft.fast import has_fast_path
 from moepeft.methods._fast import dcft as _fast
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal
+from moepeft.ops.linear import dropout_of
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -143,7 +144,7 @@ class DCFTAdapter(nn.Module):
         self.A = nn.Parameter(normal((config.rank, site.in_features // s), 0.02))
         self.B = nn.Parameter(normal((site.out_features // s, config.rank), 0.02))
         self.C = nn.Parameter(normal((s, s), 0.02 if config.start == "normal" else 0.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the expanded update."""

@@ -57,6 +57,7 @@ from moepeft.methods._released import ept as _released
 from moepeft.methods._task_gates import Gates, expert_gates
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -277,7 +278,8 @@ class EPTAdapter(nn.Module):
         self.task_embedding = nn.Parameter(normal((config.num_tasks, i), 0.01))
         self.gate = nn.Linear(i, len(config.kernels), bias=config.gate_bias)
         self.factors, self.gives_term = config.factors, gives_term(config, site)
-        self.dropout = nn.Dropout(config.dropout)
+        self.input_is_kept = site.role == "o"  # by attention, whose output it is
+        self.dropout = dropout_of(config.dropout)
 
     def route(self, routed: Float[Tensor, "*n i"]) -> Float[Tensor, "*n experts"]:
         """Gates of what is routed (task embeddings or tokens): zero but for the top k."""
@@ -290,7 +292,7 @@ class EPTAdapter(nn.Module):
 
     def pyramid(self, ready: Ready | None = None) -> Pyramid:
         """What the experts are made of."""
-        return Pyramid(self.A, self.B, list(self.kernels), self.factors, ready)
+        return Pyramid(self.A, self.B, list(self.kernels), self.factors, ready, self.input_is_kept)
 
     def add_update(
         self, y: Tensor, x: Tensor, gates: Tensor, once: Once | None = None, ready: Ready | None = None

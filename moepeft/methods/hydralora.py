@@ -27,6 +27,7 @@ from moepeft.context import SiteContext
 from moepeft.methods._token_router import probabilities
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -107,7 +108,7 @@ class HydraLoRAAdapter(nn.Module):
         self.A = nn.Parameter(uniform((config.rank, site.in_features), bound))
         self.B = nn.Parameter(uniform((config.num_experts, site.out_features, config.rank), 0.0))
         self.router = nn.Parameter(uniform((config.num_experts, site.in_features), bound))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus each token's mixture of heads."""

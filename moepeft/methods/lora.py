@@ -24,7 +24,7 @@ from moepeft.config import MethodConfig
 from moepeft.context import SiteContext
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
-from moepeft.ops.linear import add_linear
+from moepeft.ops.linear import add_linear, dropout_of
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -79,7 +79,7 @@ class LoRAAdapter(nn.Module):
         self.scale = config.scale
         self.A = nn.Parameter(uniform((config.rank, site.in_features), site.in_features**-0.5))
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the scaled update."""

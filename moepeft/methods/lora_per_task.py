@@ -25,6 +25,7 @@ from moepeft.fast import has_fast_path
 from moepeft.methods._fast import per_position as _fast
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -87,7 +88,7 @@ class LoRAPerTaskAdapter(nn.Module):
         T, r = config.num_tasks, config.rank
         self.A = nn.Parameter(uniform((T, r, site.in_features), site.in_features**-0.5))
         self.B = nn.Parameter(uniform((T, site.out_features, r), 0.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the scaled update of each row's task."""

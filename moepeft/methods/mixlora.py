@@ -10,8 +10,7 @@ Release: TUDB-Labs/MixLoRA, commit d59d09b6 (block), TUDB-Labs/MoE-PEFT, commit 
 
 `feed_forward` is that definition over the pieces of the host's FFN. The host runs the same pieces: its inward
 projections answer with k copies of the rows, one per choice ("streams"), stacked in front of the batch; its own
-activation code carries the streams, and its outward projection sums them with their weights. The module
-`moepeft.methods._fast.mixlora` says how the projections save the loop over experts.
+activation code carries the streams, and its outward projection sums them with their weights.
 
 Differences between paper and release (preset `released` reproduces those that change numbers):
 * the balance loss of the release pools the counts of all layers before multiplying, so that imbalances of different
@@ -33,12 +32,13 @@ from torch import Tensor, nn
 from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.errors import ConfigError, Unsupported
-from moepeft.fast import has_fast_path
+from moepeft.fast import fast_paths_enabled, has_fast_path
 from moepeft.methods._fast import mixlora as _fast
 from moepeft.methods._released.mixlora import RECIPES
 from moepeft.methods._validation import check_choice, check_choices, check_count, check_dropout, check_positive
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.ops.draws import normal, uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.ops.losses import balance_loss, load_counts
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -177,14 +177,14 @@ class Choice(NamedTuple):
     """What the router chose for the tokens of an FFN's input.
 
     Attributes:
-        indices: the experts i_j.
-        weights: their weights w_j, in float32 at least.
-        experts: the experts i_j one-hot over E.
+        indices, weights, experts: i_j, w_j in float32 at least, i_j one-hot over E.
+        rows: of every expert, where it stands among the i_j; None where no fast path asks.
     """
 
     indices: Int[Tensor, "*n k"]
     weights: Float[Tensor, "k *n 1"]
     experts: Int[Tensor, "k *n experts"]
+    rows: Sequence[Tensor] | None = None
 
 
 class Pairs(NamedTuple):
@@ -265,7 +265,7 @@ class _Projection(nn.Module):
         self.config = config
         self.scale = config.alpha / config.rank
         self.has_experts = site.role in config.targets
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
         if self.has_experts:
             width = config.num_experts * config.rank
             self.A = nn.Parameter(uniform((width, site.in_features), site.in_features**-0.5))
@@ -301,7 +301,7 @@ class InwardAdapter(_Projection):
             ctx.loss("balance", ctx.joint_sum(load_counts(probabilities, choice.indices, ctx.mask(x))))
         ctx.stat("probabilities", probabilities)
         ctx.stat("gates", lambda: (choice.experts * choice.weights).sum(dim=0))
-        return choice
+        return _fast.find_rows(choice) if fast_paths_enabled() else choice
 
 
 class OutwardAdapter(_Projection):
@@ -313,8 +313,7 @@ class OutwardAdapter(_Projection):
 
     def forward(self, x: Float[Tensor, "k_rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """Sum over streams of weight times projection."""
-        block = ctx.site.block
-        assert block is not None
-        choice: Choice = ctx.taken(block)  # it holds activations: let them go with this FFN
+        assert ctx.site.block is not None
+        choice: Choice = ctx.taken(ctx.site.block)  # it holds activations: let them go with this FFN
         streams = x.reshape(self.config.top_k, -1, *x.shape[1:])
         return project_out(base, streams, self.dropout(streams) if self.has_experts else streams, self.pairs, choice)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from moepeft.methods._fast import moelora as _fast
 from moepeft.methods._released.moelora import RECIPES
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import at_least_twice, per_row
+from moepeft.ops.linear import at_least_twice, dropout_of, per_row
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -107,7 +107,7 @@ class MOELoRA(MethodConfig):
         factors = sum(self.rank * (site.in_features + site.out_features) for site in sites)
         return factors + gates * self.task_dim * (self.num_experts + self.num_tasks)
 
-    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Tensor]:
+    def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Weights]:
         """The weights of the experts, where all sites share the gate."""
         first = adapters[0]
         assert isinstance(first, MOELoRAAdapter)
@@ -135,6 +135,13 @@ class TaskGate(nn.Module):
         return weights.index_select(0, tasks[:, 0]) if alone else weights
 
 
+class Weights(NamedTuple):
+    """Weights of rows, with alpha / r: of the experts, and of the rank-one terms, of which every expert has r/E."""
+
+    experts: Float[Tensor, "rows experts"]
+    terms: Float[Tensor, "rows r"]
+
+
 @has_fast_path(_fast.add_experts)
 def add_experts(
     y: Float[Tensor, "rows *n o"],
@@ -142,8 +149,12 @@ def add_experts(
     A: Float[Tensor, "r i"],
     B: Float[Tensor, "o r"],
     w: Float[Tensor, "rows experts"],
+    terms: Float[Tensor, "rows r"] | None = None,
 ) -> Float[Tensor, "rows *n o"]:
-    """y + sum_i w_i B_i A_i x: expert i owns rows i r/E to (i+1) r/E of the rank; w_i of each row, with alpha / r."""
+    """y + sum_i w_i B_i A_i x: expert i owns rows i r/E to (i+1) r/E of the rank; w_i of each row, with alpha / r.
+
+    `terms` is w with each weight r/E times: a fast path reads the weights of the rank so.
+    """
     experts = w.shape[1]
     for A_i, B_i, w_i in zip(A.chunk(experts), B.chunk(experts, dim=1), w.T, strict=True):
         output = F.linear(F.linear(x, A_i.to(x.dtype)), B_i.to(x.dtype))
@@ -160,7 +171,7 @@ class MOELoRAAdapter(nn.Module):
         self.expert_rank = config.rank // config.num_experts
         self.A = nn.Parameter(normal((config.rank, site.in_features), 0.01))
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
         self.own_gate = TaskGate(config) if shared is None else None
         self._gate = (self.own_gate or shared,)  # in a tuple: the shared gate is registered once, elsewhere
 
@@ -174,20 +185,22 @@ class MOELoRAAdapter(nn.Module):
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the experts' weighted sum."""
         y = base(x)
-        w = self._weights(x, ctx)
-        return add_experts(y, self.dropout(x), self.A, self.B, w)
+        w, terms = self._weights(x, ctx)
+        return add_experts(y, self.dropout(x), self.A, self.B, w, terms)
 
-    def weights(self, task_sets: Int[Tensor, "rows ids"]) -> Float[Tensor, "rows experts"]:
-        """alpha / r times the gate's weights of the experts."""
-        gates: Tensor = self.gate(task_sets)
-        return self.scale * gates
+    def weights(self, task_sets: Int[Tensor, "rows ids"]) -> Weights:
+        """alpha / r times the gate's weights."""
+        w: Tensor = self.scale * self.gate(task_sets)
+        return Weights(w, w.repeat_interleave(self.expert_rank, dim=1))
 
-    def _weights(self, x: Tensor, ctx: SiteContext) -> Float[Tensor, "rows experts"]:
+    def _weights(self, x: Tensor, ctx: SiteContext) -> Weights:
         """`weights` of the input's rows; those of a shared gate are made once in a forward."""
         rows, made = x.shape[0], ctx.prepared
-        w = self.weights(ctx.task_sets(rows)) if made is None else ctx.spread(made, rows, f"{len(made)} task ids")
+        if made is None:
+            made = self.weights(ctx.task_sets(rows))
+        w, terms = (ctx.spread(each, rows, f"{len(each)} task ids") for each in made)
         ctx.stat("gates", lambda: w / self.scale)
-        return w
+        return Weights(w, terms)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """(alpha / r) B diag(w_t) A."""

@@ -52,7 +52,7 @@ from moepeft.methods._released.more import RECIPES, FrozenChoice
 from moepeft.methods._task_gates import Selector, route_rows
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import add_linear, computing_type, per_row
+from moepeft.ops.linear import add_linear, computing_type, dropout_of, per_row
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -209,7 +209,7 @@ class MoREAdapter(nn.Module):
         self.task_embedding = nn.Parameter(normal((config.num_tasks, site.in_features), 0.01))
         self.gate = nn.Linear(site.in_features, config.choices)
         nn.init.uniform_(self.gate.weight, -((6 / site.in_features) ** 0.5), (6 / site.in_features) ** 0.5)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
         ladder, self.unit = config.ladder()
         self.register_buffer("ladder", ladder, persistent=False)
         self.gives_term = gives_term(config, site)

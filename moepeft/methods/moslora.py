@@ -25,6 +25,7 @@ from moepeft.config import MethodConfig, Recipe
 from moepeft.context import SiteContext
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.protocols import Base, LinearSite
 
 
@@ -102,7 +103,7 @@ class MoSLoRAAdapter(nn.Module):
         if config.mixer == "orthogonal":
             nn.init.orthogonal_(self.mixer)
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the scaled update."""

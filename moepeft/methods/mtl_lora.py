@@ -28,6 +28,7 @@ from moepeft.fast import has_fast_path
 from moepeft.methods._fast import per_position as _fast
 from moepeft.methods._validation import check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.protocols import Base, Capabilities, LinearSite
 
 
@@ -130,7 +131,7 @@ class MTLLoRAAdapter(nn.Module):
         self.transforms = nn.Parameter(torch.eye(r).repeat(T, 1, 1))
         self.B = nn.Parameter(uniform((N, site.out_features, r), 0.0))
         self.weights = nn.Parameter(uniform((T, N), N**-0.5))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the update of each row's task."""

@@ -34,6 +34,7 @@ from moepeft.context import SiteContext
 from moepeft.methods._balanced_ranks import count_tokens, move_towards_idle
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
 from moepeft.ops.draws import uniform
+from moepeft.ops.linear import dropout_of
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
 
@@ -127,7 +128,7 @@ class SMoRAAdapter(nn.Module):
         self.B = nn.Parameter(uniform((site.out_features, config.rank), 0.0))
         self.router = nn.Parameter(uniform((config.rank, site.in_features), bound))
         self.register_buffer("bias", torch.zeros(config.rank))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_of(config.dropout)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the update of each token's k ranks."""

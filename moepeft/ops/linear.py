@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def computing_type(x: Tensor) -> torch.dtype:
@@ -14,6 +14,11 @@ def computing_type(x: Tensor) -> torch.dtype:
     if x.is_meta or not torch.is_autocast_enabled(device):  # torch refuses to answer for the meta device
         return x.dtype
     return torch.get_autocast_dtype(device)
+
+
+def dropout_of(p: float) -> nn.Module:
+    """Dropout with probability `p`; where nothing is dropped, a module that costs next to nothing."""
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 def at_least_twice(table: Float[Tensor, "*n rows d"]) -> Float[Tensor, "*n _ d"]:
@@ -29,6 +34,11 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], *(1,) * (x.dim() - 2), weight.shape[-1]).to(x.dtype)
 
 
+def multiply_rows(x: Float[Tensor, "rows *n k"], matrices: Float[Tensor, "rows k o"]) -> Float[Tensor, "rows *n o"]:
+    """Each row of `x` times a matrix of its own."""
+    return torch.bmm(x.reshape(len(x), -1, x.shape[-1]), matrices).view(*x.shape[:-1], -1)
+
+
 def add_linear(
     y: Float[Tensor, "*n o"], x: Float[Tensor, "*m k"], weight: Float[Tensor, "o k"], scale: float | None = None
 ) -> Float[Tensor, "*m o"]:
@@ -36,9 +46,10 @@ def add_linear(
 
     In place on what the product makes, to the last bit what sums in tensors of their own would be; those take longer.
     """
-    update = F.linear(x, weight.to(computing_type(x)))
-    update = update if scale is None else update.mul_(scale)
-    return update.to(y.dtype).add_(y)
+    update = F.linear(x, weight if weight.dtype == x.dtype else weight.to(computing_type(x)))
+    if scale is not None:
+        update.mul_(scale)
+    return (update if update.dtype == y.dtype else update.to(y.dtype)).add_(y)
 
 
 def token_shares(
@@ -54,7 +65,7 @@ def token_shares(
 
 def row_mean(x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows d"]:
     """The mean of each row over its positions, weighted by `token_shares`; a row without positions is its own mean."""
-    return x if x.dim() == 2 else torch.einsum("rt,rtd->rd", shares, x.flatten(1, -2))
+    return x if x.dim() == 2 else torch.bmm(shares.unsqueeze(1), x.flatten(1, -2)).squeeze(1)
 
 
 def first_position(x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows d"]:

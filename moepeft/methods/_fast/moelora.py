@@ -6,15 +6,15 @@ experts, and rows of different tasks in one product.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moepeft.ops.linear import add_linear, per_row
 
 
-def add_experts(y: Tensor, x: Tensor, A: Tensor, B: Tensor, w: Tensor) -> Tensor:
+def add_experts(y: Tensor, x: Tensor, A: Tensor, B: Tensor, w: Tensor, terms: Tensor | None = None) -> Tensor:
     """Fast path of `moepeft.methods.moelora.add_experts`."""
+    if terms is None:
+        terms = w.repeat_interleave(A.shape[0] // w.shape[1], dim=1)
     down = F.linear(x, A.to(x.dtype))
-    weighed = torch.unflatten(down, -1, (w.shape[1], -1)) * per_row(w, down).unsqueeze(-1)
-    return add_linear(y, weighed.flatten(-2), B)
+    return add_linear(y, down * per_row(terms, down), B)

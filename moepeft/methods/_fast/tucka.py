@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moepeft.errors import ConfigError
-from moepeft.ops.linear import add_linear, computing_type
+from moepeft.ops.linear import add_linear, computing_type, multiply_rows
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
 
@@ -35,7 +35,7 @@ def correct_input(x: Tensor, factors: Factors, routing: Any, alpha: float) -> Te
     down = F.linear(x, U.T)
     if M.shape[0] == 1:
         return add_linear(x, down, U @ M.squeeze(0).T)
-    return add_linear(x, torch.einsum("b...x,bxy->b...y", down, M), U)
+    return add_linear(x, multiply_rows(down, M), U)
 
 
 def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:

@@ -116,6 +116,14 @@ def test_the_cases_reach_every_parameter(name: str) -> None:
     torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("gated", [True, False])
+def test_each_expert_of_mixlora_multiplies_its_own_tokens_where_there_are_many(gated: bool, top_k: int) -> None:
+    case = plain_case(moepeft.MixLoRA(num_experts=8, top_k=top_k, rank=3)) | {"rows": 31, "length": 19, "gated": gated}
+    fast, defined = both_ways(case)
+    torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def called_by(work: Callable[[], object]) -> set[CodeType]:
     """The code of all Python functions that `work` calls, those of backward passes included."""
     seen: set[CodeType] = set()
