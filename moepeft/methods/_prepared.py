@@ -36,7 +36,8 @@ class Prepared(NamedTuple):
         gates = ctx.spread(self.gates, rows, what)
         if self.ready is None or self.ready.kernel is None:
             return gates, self.ready
-        return gates, self.ready._replace(kernel=ctx.spread(self.ready.kernel, rows, what))
+        runs = self.ready.runs if len(self.gates) in (1, rows) else None  # those of the call's rows
+        return gates, self.ready._replace(kernel=ctx.spread(self.ready.kernel, rows, what), runs=runs)
 
 
 @runtime_checkable
@@ -83,5 +84,6 @@ def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[P
         return prepared
     widths = [(site.in_features, site.out_features) for site in sites]
     gates = [each.gates for each in prepared if each.gates is not None]
-    ready = make_ready([site.pyramid() for site in sites], widths, gates or None)
+    tasks = task_sets[:, 0] if by_task and task_sets is not None else None
+    ready = make_ready([site.pyramid() for site in sites], widths, gates or None, tasks)
     return [each._replace(ready=own) for each, own in zip(prepared, ready, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,11 +20,13 @@ class Ready(NamedTuple):
         factors: the seed's two factors, transposed, below each other.
         blocks: the experts' kernels with f_e, as block-diagonal matrices; None where `kernel` is there.
         kernel: the gated kernels of every row.
+        runs: which rows use which scales, where that is known.
     """
 
     factors: Float[Tensor, "i_g_and_o_g_and_one k"]
     blocks: Float[Tensor, "experts S_S"] | None
     kernel: Float[Tensor, "rows S_S"] | None
+    runs: Any = None
 
 
 class Pyramid(NamedTuple):

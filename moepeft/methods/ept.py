@@ -210,9 +210,8 @@ class EPT(MethodConfig):
 
     def count(self, sites: Sequence[LinearSite]) -> int:
         """Per site: r (in + out) / s_min, the kernels, E in (and E for a bias) for the gate, T in for the table."""
-        total = 0
-        for site in sites:
-            i, o, divisor = site.in_features, site.out_features, self.seed_divisor
+        total, divisor = 0, self.seed_divisor
+        for i, o in ((site.in_features, site.out_features) for site in sites):
             total += self.rank * (i // divisor + o // divisor)
             total += sum(prod(self.definition.kernel_shape(s, o)) for s in self.kernels)
             total += len(self.kernels) * (i + self.gate_bias) + self.num_tasks * i

@@ -34,23 +34,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moepeft.methods._fast.ept_products import (
+    into_rank_space,
+    mix,
+    multiplies_together,
+    of_factor,
+    out_of_rank_space,
+    sort_by_residue,
+    unsort,
+)
+from moepeft.methods._fast.ept_runs import WHOLE, Order, Part, Run, Runs, find_runs, paying
 from moepeft.methods._fast.ept_tables import Tables, cached_tables
 from moepeft.methods._pyramid import Once, Pyramid, Ready
 from moepeft.ops.linear import computing_type
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
 
-# A product per group needs no sorting of its result. Groups with fewer tokens are faster multiplied together.
-FEW_TOKENS = 16
-
 
 def make_ready(
-    pyramids: Sequence[Pyramid], widths: Sequence[tuple[int, int]], gates: Sequence[Tensor] | None = None
+    pyramids: Sequence[Pyramid],
+    widths: Sequence[tuple[int, int]],
+    gates: Sequence[Tensor] | None = None,
+    tasks: Tensor | None = None,
 ) -> list[Ready]:
     """What the parameters of sites become, together: factors, kernels, and for gates of rows the gated kernels.
 
@@ -58,6 +67,7 @@ def make_ready(
         pyramids: of sites with kernels of the same shapes, on one device.
         widths: features of each site's input and output.
         gates: (rows, experts) of each site.
+        tasks: of the rows.
     """
     first, together = pyramids[0], Together(len(pyramids))
     scales = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels)
@@ -79,7 +89,11 @@ def make_ready(
         if gates is None:
             return [Ready(factors[number], each, None) for number, each in enumerate(together.apart(blocks))]
         gated = (together.stack(gates) @ blocks).to(kind)
-        return [Ready(factors[number], None, each) for number, each in enumerate(together.apart(gated))]
+        runs = [None] * len(pyramids) if tasks is None else find_runs(gates, tasks, scales, first.A.shape[0])
+        return [
+            Ready(factors[number], None, each, own)
+            for number, (each, own) in enumerate(zip(together.apart(gated), runs, strict=True))
+        ]
 
 
 def spread_seeds(
@@ -125,25 +139,35 @@ def add_pyramid(
     once: Once | None = None,
 ) -> Float[Tensor, "rows *n o"]:
     """`moepeft.methods.ept.add_pyramid`, once differentiable; `once` sorts the features for all sites that read x."""
-    sizes = [kernel.shape[1] for kernel in pyramid.kernels]
-    g, S = math.gcd(*sizes), sum(sizes)
+    g = math.gcd(*(kernel.shape[1] for kernel in pyramid.kernels))
     ready = pyramid.ready or make_ready([pyramid], [(x.shape[-1], y.shape[-1])])[0]
     kernel = ready.kernel
     if kernel is None:
         assert ready.blocks is not None
         with without_autocast(gates):
             kernel = gates.flatten(0, -2) @ ready.blocks
+    found = _runs_of(ready, x, y)
+    order = found.order
 
     def sort() -> Tensor:
-        features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g)  # type: ignore[no-untyped-call]
+        features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g, order)  # type: ignore[no-untyped-call]
         return features
 
-    features = sort() if once is None else once("residues", x, sort)
+    features = sort() if once is None else once("residues" if order is None else "residues by task", x, sort)
     kind = computing_type(features)
-    features, factors, kernel = features.to(kind), ready.factors.to(kind), kernel.to(kind).view(-1, S, S)
+    features, factors = features.to(kind), ready.factors.to(kind)
+    kernel = (kernel if order is None else kernel.index_select(0, order.rows)).to(kind)
     source = x.detach() if sorts_again(x, features, pyramid.input_is_kept) else None
-    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel)  # type: ignore[no-untyped-call]
+    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel, found)  # type: ignore[no-untyped-call]
     return updated
+
+
+def _runs_of(ready: Ready, x: Tensor, y: Tensor) -> Runs:
+    """The runs that pay: not where groups are multiplied together, as runs are products by group."""
+    tokens = x.shape[1:-1].numel()
+    if ready.runs is None or multiplies_together(x, tokens):
+        return WHOLE
+    return paying(ready.runs, x.numel() + y.numel())
 
 
 def sorts_again(x: Tensor, features: Tensor, is_kept: bool) -> bool:
@@ -156,39 +180,90 @@ def sorts_again(x: Tensor, features: Tensor, is_kept: bool) -> bool:
 
 
 class _AddPyramid(torch.autograd.Function):
-    """The three products, and their gradients."""
+    """The three products of every run, and their gradients; features and kernels are in the order of the runs."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor
+        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor, found: Runs
     ) -> Tensor:
+        order, runs = found
+        lows, width = [], features.shape[-1]
         with without_autocast(features):
-            down, up = _of_sides(factors, features.shape[-1])
-            low = into_rank_space(features, down)
-            ctx.save_for_backward(features if source is None else source, factors, low, kernel)
-            ctx.sorts_again, ctx.width = source is not None, features.shape[-1]
+            update = _room(features, factors.shape[0] - 1 - width, runs)
+            for rows, part in runs:
+                down, up = _of_sides(factors[:, part.columns], width)
+                lows.append(into_rank_space(features[rows], down))
+                mixed = mix(_square(kernel[rows, part.numbers]), lows[-1])
+                update = out_of_rank_space(mixed, up, update, rows)
+            assert update is not None
+            ctx.save_for_backward(features if source is None else source, factors, kernel, *lows)
+            ctx.sorts_again, ctx.g, ctx.width = source is not None, features.shape[1], width
+            ctx.order, ctx.runs = order, runs
+            placed = unsort(update.to(y.dtype), y.shape)
             # As `data`: autograd would not let a view made in here be changed in place, as Falcon does.
-            return add_unsorted(y, out_of_rank_space(mix(kernel, low), up).to(y.dtype)).data
+            return (placed if order is None else placed.index_select(0, order.places)).add_(y).data
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, factors, low, kernel = ctx.saved_tensors
-        groups, g, k, tokens = low.shape
+        kept, factors, kernel, *lows = ctx.saved_tensors
+        groups, g, width, runs = len(kernel), ctx.g, ctx.width, ctx.runs
         with without_autocast(grad):
-            down, up = _of_sides(factors, ctx.width)
-            of_update = sort_by_residue(grad.to(low.dtype).reshape(groups, tokens, -1), g)
-            of_mixed = into_rank_space(of_update, up)
-            # The mixed rank space is cheaper made again than kept.
-            of_up = of_factor(mix(kernel, low), of_update)
-            of_low = mix(kernel.mT, of_mixed)
-            features = sort_by_residue(kept.reshape(groups, tokens, -1), g) if ctx.sorts_again else kept
-            of_down = of_factor(of_low, features)
-            of_features = out_of_rank_space(of_low, down) if ctx.needs_input_grad[1] else None
-            flat = groups, kernel.shape[-1], -1
-            of_kernel = of_mixed.view(flat) @ low.view(flat).mT
-            of_factors = torch.cat((of_down, of_up, _zeros(k, low.dtype, low.device)))
-        return grad, of_features, None, of_factors, of_kernel
+            of_update = sort_by_residue(_grouped(grad.to(factors.dtype), groups, ctx.order), g)
+            features = sort_by_residue(_grouped(kept, groups, ctx.order), g) if ctx.sorts_again else kept
+            of_features = _room(features, width, runs) if ctx.needs_input_grad[1] else None
+            sums = _Sums(factors, kernel, runs)
+            for (rows, part), low in zip(runs, lows, strict=True):
+                down, up = _of_sides(factors[:, part.columns], width)
+                K = _square(kernel[rows, part.numbers])
+                of_mixed = into_rank_space(of_update[rows], up)
+                of_low = mix(K.mT, of_mixed)
+                # The mixed rank space is cheaper made again than kept.
+                of_up = of_factor(mix(K, low), of_update[rows])
+                of_down = of_factor(of_low, features[rows])
+                flat = len(low), K.shape[-1], -1
+                sums.add(rows, part, (of_down, of_up), of_mixed.view(flat) @ low.view(flat).mT)
+                if ctx.needs_input_grad[1]:
+                    of_features = out_of_rank_space(of_low, down, of_features, rows)
+        return grad, of_features, None, *sums.result(), None
+
+
+class _Sums:
+    """The gradients of factors and kernels, summed over runs; of one run with all scales they are its own."""
+
+    def __init__(self, factors: Tensor, kernel: Tensor, runs: Sequence[Run]) -> None:
+        self.factors = self.kernel = None if runs is WHOLE.runs else torch.zeros_like(factors)
+        if runs is not WHOLE.runs:
+            self.kernel = torch.zeros_like(kernel)
+
+    def add(self, rows: slice, part: Part, of_sides: tuple[Tensor, Tensor], of_kernel: Tensor) -> None:
+        """Those of a run."""
+        of_down, of_up = of_sides
+        end = _zeros(of_down.shape[1], of_down.dtype, of_down.device)
+        of_factors = torch.cat((of_down, of_up, end))
+        if self.factors is None or self.kernel is None:
+            self.factors, self.kernel = of_factors, of_kernel.flatten(1)
+        else:
+            self.factors[:, part.columns] += of_factors
+            self.kernel[rows, part.numbers] = of_kernel.flatten(1)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of factors and kernels."""
+        return self.factors, self.kernel
+
+
+def _room(features: Tensor, width: int, runs: Sequence[Run]) -> Tensor | None:
+    """Where several runs write their sorted features; a single one makes its own."""
+    return features.new_empty(*features.shape[:-1], width) if len(runs) > 1 else None
+
+
+def _square(kernel: Float[Tensor, "groups S_S"]) -> Float[Tensor, "groups S S"]:
+    return kernel.view(len(kernel), math.isqrt(kernel.shape[1]), -1)
+
+
+def _grouped(x: Tensor, groups: int, order: Order | None) -> Float[Tensor, "groups tokens d"]:
+    x = x.reshape(groups, -1, x.shape[-1])
+    return x if order is None else x.index_select(0, order.rows)
 
 
 def _of_sides(factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -203,86 +278,16 @@ def _zeros(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(1, number, dtype=dtype, device=device)
 
 
-def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k tokens"]) -> Tensor:
-    """K (x) I_r of every group, applied to the group's tokens in the rank space."""
-    return torch.bmm(kernel, low.view(*kernel.shape[:2], -1)).view(low.shape)
-
-
-def into_rank_space(
-    features: Float[Tensor, "groups g tokens d_g"], factor: Float[Tensor, "k d_g"]
-) -> Float[Tensor, "groups g k tokens"]:
-    """`factor` applied to the sorted features of every token."""
-    groups, g, tokens, width = features.shape
-    if _multiply_together(features, tokens):
-        return transpose(F.linear(features, factor))
-    stack = features.view(groups * g, tokens, width)
-    return torch.bmm(factor.expand(groups * g, -1, -1), stack.mT).view(groups, g, -1, tokens)
-
-
-def out_of_rank_space(
-    low: Float[Tensor, "groups g k tokens"], factor: Float[Tensor, "k d_g"]
-) -> Float[Tensor, "groups g tokens d_g"]:
-    """The transposed `factor` applied to every token."""
-    groups, g, k, tokens = low.shape
-    if _multiply_together(low, tokens):
-        return F.linear(transpose(low), factor.T)
-    stack = low.view(groups * g, k, tokens)
-    return torch.bmm(stack.mT, factor.expand(groups * g, -1, -1)).view(groups, g, tokens, -1)
-
-
-def _multiply_together(x: Tensor, tokens: int) -> bool:
-    """Whether all groups are one matrix: groups are small, or the product by groups would copy the factor."""
-    return tokens < FEW_TOKENS or (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16))
-
-
-def of_factor(
-    low: Float[Tensor, "groups g k tokens"], features: Float[Tensor, "groups g tokens d_g"]
-) -> Float[Tensor, "d_g k"]:
-    """Gradient of a transposed factor: the sum over tokens of outer products."""
-    return torch.mm(features.flatten(0, 2).T, transpose(low).flatten(0, 2))
-
-
 class _SortedByResidue(torch.autograd.Function):
     """x (rows, *n, i) as (groups, g, tokens, i // g); the first `leading` dimensions of x are the groups."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leading: int, g: int) -> Tensor:
-        ctx.shape = x.shape
-        groups = x.flatten(0, leading - 1)
-        return sort_by_residue(groups.flatten(1, -2) if groups.dim() > 2 else groups.unsqueeze(1), g)
+    def forward(ctx: Any, x: Tensor, leading: int, g: int, order: Order | None) -> Tensor:
+        ctx.shape, ctx.order = x.shape, order
+        return sort_by_residue(_grouped(x, x.shape[:leading].numel(), order), g)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return unsort(grad, ctx.shape), None, None
-
-
-def sort_by_residue(x: Float[Tensor, "groups tokens d"], g: int) -> Float[Tensor, "groups g tokens d_g"]:
-    """The features of each residue mod `g` beside each other; features after the last multiple of `g` are dropped."""
-    groups, tokens, width = x.shape[0], x.shape[1], x.shape[2] // g
-    return transpose(x[..., : width * g].reshape(groups, tokens * width, g)).view(groups, g, tokens, width)
-
-
-def unsort(features: Float[Tensor, "groups g tokens d_g"], shape: Sequence[int]) -> Tensor:
-    """A new tensor of `shape` with every feature at its place, and zeros where there is none."""
-    whole = features.shape[1] * features.shape[3]
-    placed = transpose(features.flatten(2)).view(*shape[:-1], whole)
-    return F.pad(placed, (0, shape[-1] - whole)) if whole < shape[-1] else placed  # an empty pad would copy
-
-
-def add_unsorted(y: Float[Tensor, "*n d"], features: Float[Tensor, "groups g tokens d_g"]) -> Float[Tensor, "*n d"]:
-    """y plus the features, each at its place; in place on the copy that sorts them."""
-    return unsort(features, y.shape).add_(y)
-
-
-def transpose(x: Float[Tensor, "*n a b"]) -> Float[Tensor, "*n b a"]:
-    """A transposed copy.
-
-    On a CPU torch copies faster with its shuffle of channels, but not in 16 bits.
-    """
-    if x.device.type != "cpu" or x.element_size() < 4 or x.numel() == 0:
-        return x.mT.clone(memory_format=torch.contiguous_format)
-    # The matrices are taken as the positions of an image, and their numbers as its channels.
-    *n, a, b = x.shape
-    image = x.contiguous().view(1, -1, 1, a * b).permute(0, 3, 1, 2)
-    return torch.channel_shuffle(image, a).permute(0, 2, 3, 1).reshape(*n, b, a)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = unsort(grad, ctx.shape)
+        return of_x if ctx.order is None else of_x.index_select(0, ctx.order.places), None, None, None

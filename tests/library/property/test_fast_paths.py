@@ -16,9 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import moepeft
 from tests.library.property.configurations import (
+    TASKS,
     attach_or_draw_again,
     cases,
     inputs_of,
@@ -65,6 +67,7 @@ def prepare(case: dict[str, Any]) -> tuple[nn.Module, dict[str, Tensor]]:
     model = network(case).train()
     adapters = attach_or_draw_again(model, case["config"])
     inputs = inputs_of(case)
+    inputs["task_ids"] %= case.get("tasks", TASKS)
     with torch.no_grad():
         model(**inputs)  # draws that wait for data happen now, and both ways have the same
         for parameter in adapters.parameters():
@@ -122,6 +125,28 @@ def test_each_expert_of_mixlora_multiplies_its_own_tokens_where_there_are_many(g
     case = plain_case(moepeft.MixLoRA(num_experts=8, top_k=top_k, rank=3)) | {"rows": 31, "length": 19, "gated": gated}
     fast, defined = both_ways(case)
     torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def wide_case(factory: moepeft.AdapterFactory, tasks: int = TASKS) -> dict[str, Any]:
+    """A case in which a choice of scales saves more than it costs."""
+    return plain_case(factory) | {"rows": 31, "length": 19, "width": 232, "inner": 240, "gated": False, "tasks": tasks}
+
+
+@pytest.mark.parametrize("tasks", [1, TASKS])
+def test_ept_multiplies_the_rows_of_a_task_by_its_scales_alone(tasks: int) -> None:
+    one, every = (wide_case(moepeft.EPT(num_tasks=TASKS, top_k=top_k), tasks) for top_k in (1, 8))
+    fast, defined = both_ways(one)
+    torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
+    frozen = operations_of(wide_case(moepeft.LoRA(rank=1)))
+    assert operations_of(one) - frozen < 0.6 * (operations_of(every) - frozen)
+
+
+def operations_of(case: dict[str, Any]) -> int:
+    """Multiplications and additions of a training step."""
+    model, inputs = prepare(case)
+    with FlopCounterMode(display=False) as counted:
+        run(model, moepeft.attachment(model), inputs)
+    return counted.get_total_flops()
 
 
 def called_by(work: Callable[[], object]) -> set[CodeType]:

@@ -1,0 +1,127 @@
+"""Which scales a task uses, where the host knows: EPT multiplies a task's rows by no other.
+
+As published a task uses two experts of eight, so one or two scales of four: 46 % of the rank space on the average. The
+gates say which. A CPU reads them; a GPU would have to wait for them, and has all scales computed. The rows are sorted
+by task, so that the rows of a task are one product, a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PAYS = 1 << 16
+"""Features of a run's inputs and outputs from which products that are left out take longer than what a run costs."""
+WORTH = 0.8
+"""Where more than this share of the rank space is used, nothing is left out."""
+
+Scales = tuple[tuple[int, int], ...]
+"""Number of experts and kernel size of every scale, ascending."""
+
+
+class Part(NamedTuple):
+    """Some of the scales: their columns of the factors, their numbers in a flat kernel (S S)."""
+
+    columns: Tensor | slice
+    numbers: Tensor | slice
+
+
+class Run(NamedTuple):
+    """Rows beside each other, and the scales that they use."""
+
+    rows: slice
+    part: Part
+
+
+class Order(NamedTuple):
+    """Rows sorted by task: the row at each place, and the place of each row."""
+
+    rows: Int[Tensor, "rows"]
+    places: Int[Tensor, "rows"]
+
+
+class Runs(NamedTuple):
+    """The runs of a site, in the order of the rows; None where the rows are sorted as they are."""
+
+    order: Order | None
+    runs: Sequence[Run]
+
+
+WHOLE = Runs(None, (Run(slice(None), Part(slice(None), slice(None))),))
+"""All rows with all scales."""
+
+
+def find_runs(
+    gates: Sequence[Float[Tensor, "rows experts"]], tasks: Int[Tensor, "rows"], scales: Scales, rank: int
+) -> list[Runs]:
+    """Of every site the runs of the rows of these tasks; `WHOLE` where the host does not know or nothing is gained.
+
+    Args:
+        gates: of every site.
+        tasks: of the rows; one alone stands for all rows of the call.
+        scales: of the experts.
+        rank: of the seed.
+    """
+    if tasks.device.type != "cpu" or gates[0].device.type != "cpu":
+        return [WHOLE] * len(gates)
+    rows = tasks.argsort(stable=True)
+    in_order = tasks[rows].tolist()
+    stops = list(accumulate(len(list(same)) for _, same in groupby(in_order)))
+    starts = [0, *stops[:-1]]
+    order = None if in_order == tasks.tolist() else Order(rows, rows.argsort())
+    first = rows[starts]
+    chosen = torch.stack([each.detach().index_select(0, first) for each in gates]) != 0
+    return [_of_site(used, starts, stops, order, scales, rank) for used in _by_scale(chosen, scales).tolist()]
+
+
+def _by_scale(chosen: Bool[Tensor, "sites runs experts"], scales: Scales) -> Bool[Tensor, "sites runs scales"]:
+    experts = torch.split(chosen, [count for count, _ in scales], dim=-1)
+    return torch.stack([of_scale.any(dim=-1) for of_scale in experts], dim=-1)
+
+
+def _of_site(
+    used: list[list[bool]], starts: Sequence[int], stops: Sequence[int], order: Order | None, scales: Scales, rank: int
+) -> Runs:
+    sizes = [size for _, size in scales]
+    computed = sum(
+        (stop - start) * sum(size for size, one in zip(sizes, own, strict=True) if one)
+        for own, start, stop in zip(used, starts, stops, strict=True)
+    )
+    if computed > WORTH * sum(sizes) * stops[-1]:
+        return WHOLE
+    runs = list(_merged(used, starts, stops, scales, rank))
+    return Runs(order, [Run(slice(None), runs[0].part)] if len(runs) == 1 else runs)
+
+
+def _merged(
+    used: list[list[bool]], starts: Sequence[int], stops: Sequence[int], scales: Scales, rank: int
+) -> Iterator[Run]:
+    """Tasks beside each other that use the same scales are one run."""
+    for own, tasks in groupby(range(len(used)), key=lambda task: tuple(used[task])):
+        numbers = list(tasks)
+        yield Run(slice(starts[numbers[0]], stops[numbers[-1]]), _part(scales, rank, own))
+
+
+@functools.lru_cache(maxsize=256)
+def _part(scales: Scales, rank: int, used: tuple[bool, ...]) -> Part:
+    # The first caller may be in inference mode or under another default device.
+    with torch.inference_mode(False), torch.device("cpu"):
+        g = math.gcd(*(size for _, size in scales))
+        ms = [size // g for _, size in scales]
+        taken = torch.repeat_interleave(torch.tensor(used), torch.tensor(ms)).nonzero().flatten()
+        M = sum(ms)
+        columns = (taken.unsqueeze(1) * rank + torch.arange(rank)).flatten()
+        sides = (torch.arange(g).unsqueeze(1) * M + taken).flatten()
+        return Part(columns, (sides.unsqueeze(1) * (g * M) + sides).flatten())
+
+
+def paying(runs: Runs, features: int) -> Runs:
+    """The runs of a site, where they save more than they cost; `features` are those of its input and its output."""
+    return WHOLE if features < PAYS * len(runs.runs) else runs
