@@ -88,8 +88,9 @@ def make_ready(
         blocks = spread_kernels(torch.cat(of_scales, dim=1), where.blocks, scales)
         if gates is None:
             return [Ready(factors[number], each, None) for number, each in enumerate(together.apart(blocks))]
-        gated = (together.stack(gates) @ blocks).to(kind)
-        runs = [None] * len(pyramids) if tasks is None else find_runs(gates, tasks, scales, first.A.shape[0])
+        stacked = together.stack(gates)
+        gated = (stacked @ blocks).to(kind)
+        runs = [None] * len(pyramids) if tasks is None else find_runs(stacked, tasks, scales, first.A.shape[0])
         return [
             Ready(factors[number], None, each, own)
             for number, (each, own) in enumerate(zip(together.apart(gated), runs, strict=True))

@@ -59,7 +59,7 @@ WHOLE = Runs(None, (Run(slice(None), Part(slice(None), slice(None))),))
 
 
 def find_runs(
-    gates: Sequence[Float[Tensor, "rows experts"]], tasks: Int[Tensor, "rows"], scales: Scales, rank: int
+    gates: Float[Tensor, "sites rows experts"], tasks: Int[Tensor, "rows"], scales: Scales, rank: int
 ) -> list[Runs]:
     """Of every site the runs of the rows of these tasks; `WHOLE` where the host does not know or nothing is gained.
 
@@ -69,15 +69,14 @@ def find_runs(
         scales: of the experts.
         rank: of the seed.
     """
-    if tasks.device.type != "cpu" or gates[0].device.type != "cpu":
+    if tasks.device.type != "cpu" or gates.device.type != "cpu":
         return [WHOLE] * len(gates)
     rows = tasks.argsort(stable=True)
     in_order = tasks[rows].tolist()
     stops = list(accumulate(len(list(same)) for _, same in groupby(in_order)))
     starts = [0, *stops[:-1]]
     order = None if in_order == tasks.tolist() else Order(rows, rows.argsort())
-    first = rows[starts]
-    chosen = torch.stack([each.detach().index_select(0, first) for each in gates]) != 0
+    chosen = gates.detach()[:, rows[starts]] != 0
     return [_of_site(used, starts, stops, order, scales, rank) for used in _by_scale(chosen, scales).tolist()]
 
 
