@@ -579,12 +579,14 @@ def test_kept_memory_costs_no_page_faults():
         "from benchmarks.instruments.processor import keep_free_memory",
         "keep_free_memory(torch.device('cpu'))",
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
-        "before = faults()",
-        "for _ in range(20): torch.empty(10_000_000).fill_(1)",
-        "print(faults() - before)",
+        "def round():",
+        "    before = faults()",
+        "    torch.empty(10_000_000).fill_(1)",
+        "    return faults() - before",
+        "print(min(round() for _ in range(20)))",
     )
     found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     if platform.libc_ver()[0] == "glibc":  # the only one that can be told
-        # 40 MB are 10,000 pages, which are touched once for each place that the heap finds for them, a few at most;
-        # given back each time, they would be 200,000 faults.
-        assert int(found.stdout) < 60_000
+        # 40 MB are 10,000 pages: given back, each round would touch them all. A system that takes memory away from idle
+        # processes disturbs some rounds, and not all.
+        assert int(found.stdout) < 1_000
