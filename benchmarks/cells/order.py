@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def sorted_within_windows(
 ) -> Iterator[list[tuple[int, int]]]:
     """The same rows, those of `window` consecutive steps sorted by length and cut into steps again, in random order.
 
-    A batch is padded to its longest row: of an unsorted mixed batch two thirds can be padding.
+    A batch is padded to its longest row: of an unsorted mixed batch two thirds can be padding. In a step the rows of
+    a task stand beside each other: EPT multiplies them together.
 
     Args:
         order: steps of (task, row) positions.
@@ -55,7 +57,7 @@ def sorted_within_windows(
         rows = sorted((row for step in group for row in step), key=length)
         ends = list(itertools.accumulate(map(len, group), initial=0))
         for at in rng.permutation(len(group)):
-            yield rows[ends[at] : ends[at + 1]]
+            yield sorted(rows[ends[at] : ends[at + 1]], key=itemgetter(0))
 
 
 def _shuffled_for_ever(size: int, rng: np.random.Generator) -> Iterator[int]:

@@ -61,11 +61,11 @@ class Contestant:
         return replace(self, call=self.model)
 
     def task_ids(self, rows: int, tasks: int) -> Tensor | None:
-        """Tasks of a batch's rows: all tasks in turn; task 0 alone once it is merged; None for others' models."""
+        """Tasks of a batch's rows, sorted as in training; task 0 alone once it is merged; None for others' models."""
         if self.attachment is None:
             return None
         device = next(self.model.parameters()).device
-        ids = torch.arange(rows, device=device) % tasks
+        ids = (torch.arange(rows, device=device) % tasks).sort().values
         return torch.zeros_like(ids) if self.merged else ids
 
     @contextmanager

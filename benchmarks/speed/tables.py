@@ -26,7 +26,7 @@ NOTES = (
     "ms: median over the timed rounds. x: median of the ratios to the reference in the same round (95 % bootstrap).",
     "A training step is forward, loss with auxiliary losses and backward. Random weights, no dropout, no padding.",
     "On a processor the memory that a step frees stays in the process while steps are timed: no page faults.",
-    "The rows belong to {tasks} tasks in turn; a merged model serves task 0 alone.",
+    "The rows belong to {tasks} tasks, sorted by task as in training; a merged model serves task 0 alone.",
     "frozen: the bare model, its gradient taken to the first layer's input; frozen, forward only: without gradients.",
     "peak MiB: {peak}, above what was there before the step; the frozen weights' {weights:,.0f} MiB come on top.",
     "saved MiB: kept for backward, weights left out.",

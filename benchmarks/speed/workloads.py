@@ -31,7 +31,7 @@ class Workload:
         mode: what is done.
         rows: sequences in the batch.
         length: tokens per sequence; of target sequences and caches as well.
-        tasks: number of tasks that the rows belong to, in turn.
+        tasks: number of tasks that the rows belong to.
         autocast: whether the forward runs under autocast to bfloat16.
         optimiser: whether a training step ends with a step of AdamW.
     """

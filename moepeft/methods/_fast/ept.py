@@ -47,7 +47,7 @@ from moepeft.methods._fast.ept_products import (
     sort_by_residue,
     unsort,
 )
-from moepeft.methods._fast.ept_runs import WHOLE, Order, Part, Run, Runs, find_runs, paying
+from moepeft.methods._fast.ept_runs import WHOLE, Part, Runs, find_runs, paying
 from moepeft.methods._fast.ept_tables import Tables, cached_tables
 from moepeft.methods._pyramid import Once, Pyramid, Ready
 from moepeft.ops.linear import computing_type
@@ -147,19 +147,16 @@ def add_pyramid(
         assert ready.blocks is not None
         with without_autocast(gates):
             kernel = gates.flatten(0, -2) @ ready.blocks
-    found = _runs_of(ready, x, y)
-    order = found.order
 
     def sort() -> Tensor:
-        features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g, order)  # type: ignore[no-untyped-call]
+        features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g)  # type: ignore[no-untyped-call]
         return features
 
-    features = sort() if once is None else once("residues" if order is None else "residues by task", x, sort)
+    features = sort() if once is None else once("residues", x, sort)
     kind = computing_type(features)
-    features, factors = features.to(kind), ready.factors.to(kind)
-    kernel = (kernel if order is None else kernel.index_select(0, order.rows)).to(kind)
+    features, factors, kernel = features.to(kind), ready.factors.to(kind), kernel.to(kind)
     source = x.detach() if sorts_again(x, features, pyramid.input_is_kept) else None
-    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel, found)  # type: ignore[no-untyped-call]
+    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel, _runs_of(ready, x, y))  # type: ignore[no-untyped-call]
     return updated
 
 
@@ -181,28 +178,26 @@ def sorts_again(x: Tensor, features: Tensor, is_kept: bool) -> bool:
 
 
 class _AddPyramid(torch.autograd.Function):
-    """The three products of every run, and their gradients; features and kernels are in the order of the runs."""
+    """The three products of every run, and their gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor, found: Runs
+        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor, runs: Runs
     ) -> Tensor:
-        order, runs = found
         lows, width = [], features.shape[-1]
         with without_autocast(features):
             update = _room(features, factors.shape[0] - 1 - width, runs)
             for rows, part in runs:
-                down, up = _of_sides(factors[:, part.columns], width)
+                down, up = _of_sides(_chosen(factors, part.columns), width)
                 lows.append(into_rank_space(features[rows], down))
-                mixed = mix(_square(kernel[rows, part.numbers]), lows[-1])
+                mixed = mix(_square(_chosen(kernel[rows], part.numbers)), lows[-1])
                 update = out_of_rank_space(mixed, up, update, rows)
             assert update is not None
             ctx.save_for_backward(features if source is None else source, factors, kernel, *lows)
             ctx.sorts_again, ctx.g, ctx.width = source is not None, features.shape[1], width
-            ctx.order, ctx.runs = order, runs
-            placed = unsort(update.to(y.dtype), y.shape)
+            ctx.runs = runs
             # As `data`: autograd would not let a view made in here be changed in place, as Falcon does.
-            return (placed if order is None else placed.index_select(0, order.places)).add_(y).data
+            return unsort(update.to(y.dtype), y.shape).add_(y).data
 
     @staticmethod
     @once_differentiable
@@ -210,13 +205,13 @@ class _AddPyramid(torch.autograd.Function):
         kept, factors, kernel, *lows = ctx.saved_tensors
         groups, g, width, runs = len(kernel), ctx.g, ctx.width, ctx.runs
         with without_autocast(grad):
-            of_update = sort_by_residue(_grouped(grad.to(factors.dtype), groups, ctx.order), g)
-            features = sort_by_residue(_grouped(kept, groups, ctx.order), g) if ctx.sorts_again else kept
+            of_update = sort_by_residue(_grouped(grad.to(factors.dtype), groups), g)
+            features = sort_by_residue(_grouped(kept, groups), g) if ctx.sorts_again else kept
             of_features = _room(features, width, runs) if ctx.needs_input_grad[1] else None
             sums = _Sums(factors, kernel, runs)
             for (rows, part), low in zip(runs, lows, strict=True):
-                down, up = _of_sides(factors[:, part.columns], width)
-                K = _square(kernel[rows, part.numbers])
+                down, up = _of_sides(_chosen(factors, part.columns), width)
+                K = _square(_chosen(kernel[rows], part.numbers))
                 of_mixed = into_rank_space(of_update[rows], up)
                 of_low = mix(K.mT, of_mixed)
                 # The mixed rank space is cheaper made again than kept.
@@ -226,34 +221,37 @@ class _AddPyramid(torch.autograd.Function):
                 sums.add(rows, part, (of_down, of_up), of_mixed.view(flat) @ low.view(flat).mT)
                 if ctx.needs_input_grad[1]:
                     of_features = out_of_rank_space(of_low, down, of_features, rows)
-        return grad, of_features, None, *sums.result(), None
+        return grad, of_features, None, sums.factors, sums.kernel, None
 
 
 class _Sums:
-    """The gradients of factors and kernels, summed over runs; of one run with all scales they are its own."""
+    """The gradients of factors and kernels, summed over runs."""
 
-    def __init__(self, factors: Tensor, kernel: Tensor, runs: Sequence[Run]) -> None:
-        self.factors = self.kernel = None if runs is WHOLE.runs else torch.zeros_like(factors)
-        if runs is not WHOLE.runs:
-            self.kernel = torch.zeros_like(kernel)
+    def __init__(self, factors: Tensor, kernel: Tensor, runs: Runs) -> None:
+        self.whole = runs is WHOLE
+        if not self.whole:
+            self.factors, self.kernel = torch.zeros_like(factors), torch.zeros_like(kernel)
 
     def add(self, rows: slice, part: Part, of_sides: tuple[Tensor, Tensor], of_kernel: Tensor) -> None:
-        """Those of a run."""
-        of_down, of_up = of_sides
-        end = _zeros(of_down.shape[1], of_down.dtype, of_down.device)
-        of_factors = torch.cat((of_down, of_up, end))
-        if self.factors is None or self.kernel is None:
+        """Those of a run; of one with all scales they are the sum."""
+        end = _zeros(of_sides[0].shape[1], of_sides[0].dtype, of_sides[0].device)
+        of_factors = torch.cat((*of_sides, end))
+        if self.whole:
             self.factors, self.kernel = of_factors, of_kernel.flatten(1)
+        elif part.columns is None or part.numbers is None:
+            self.factors += of_factors
+            self.kernel[rows] = of_kernel.flatten(1)
         else:
-            self.factors[:, part.columns] += of_factors
-            self.kernel[rows, part.numbers] = of_kernel.flatten(1)
-
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of factors and kernels."""
-        return self.factors, self.kernel
+            self.factors.index_add_(1, part.columns, of_factors)
+            self.kernel[rows].index_copy_(1, part.numbers, of_kernel.flatten(1))
 
 
-def _room(features: Tensor, width: int, runs: Sequence[Run]) -> Tensor | None:
+def _chosen(matrix: Tensor, columns: Tensor | None) -> Tensor:
+    # Indexing by [:, columns] takes five times as long.
+    return matrix if columns is None else matrix.index_select(1, columns)
+
+
+def _room(features: Tensor, width: int, runs: Runs) -> Tensor | None:
     """Where several runs write their sorted features; a single one makes its own."""
     return features.new_empty(*features.shape[:-1], width) if len(runs) > 1 else None
 
@@ -262,9 +260,8 @@ def _square(kernel: Float[Tensor, "groups S_S"]) -> Float[Tensor, "groups S S"]:
     return kernel.view(len(kernel), math.isqrt(kernel.shape[1]), -1)
 
 
-def _grouped(x: Tensor, groups: int, order: Order | None) -> Float[Tensor, "groups tokens d"]:
-    x = x.reshape(groups, -1, x.shape[-1])
-    return x if order is None else x.index_select(0, order.rows)
+def _grouped(x: Tensor, groups: int) -> Float[Tensor, "groups tokens d"]:
+    return x.reshape(groups, -1, x.shape[-1])
 
 
 def _of_sides(factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -283,12 +280,11 @@ class _SortedByResidue(torch.autograd.Function):
     """x (rows, *n, i) as (groups, g, tokens, i // g); the first `leading` dimensions of x are the groups."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, leading: int, g: int, order: Order | None) -> Tensor:
-        ctx.shape, ctx.order = x.shape, order
-        return sort_by_residue(_grouped(x, x.shape[:leading].numel(), order), g)
+    def forward(ctx: Any, x: Tensor, leading: int, g: int) -> Tensor:
+        ctx.shape = x.shape
+        return sort_by_residue(_grouped(x, x.shape[:leading].numel()), g)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_x = unsort(grad, ctx.shape)
-        return of_x if ctx.order is None else of_x.index_select(0, ctx.order.places), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return unsort(grad, ctx.shape), None, None

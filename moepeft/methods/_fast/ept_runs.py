@@ -1,8 +1,9 @@
 """Which scales a task uses, where the host knows: EPT multiplies a task's rows by no other.
 
 As published a task uses two experts of eight, so one or two scales of four: 46 % of the rank space on the average. The
-gates say which. A CPU reads them; a GPU would have to wait for them, and has all scales computed. The rows are sorted
-by task, so that the rows of a task are one product, a run.
+gates say which. A CPU reads them; a GPU would have to wait for them, and has all scales computed. Rows of one task that
+stand beside each other are one product, a run. To sort the rows by task in here was tried: with two threads the copies
+took longer than the products that were left out. Whoever makes the batch sorts its rows for nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PAYS = 1 << 16
-"""Features of a run's inputs and outputs from which products that are left out take longer than what a run costs."""
+"""Features of a run's inputs and outputs from which what is left out takes longer than what a run costs."""
 WORTH = 0.8
 """Where more than this share of the rank space is used, nothing is left out."""
 
@@ -27,10 +28,10 @@ Scales = tuple[tuple[int, int], ...]
 
 
 class Part(NamedTuple):
-    """Some of the scales: their columns of the factors, their numbers in a flat kernel (S S)."""
+    """Some of the scales: their columns of the factors, their numbers in a flat kernel (S S); None for all."""
 
-    columns: Tensor | slice
-    numbers: Tensor | slice
+    columns: Int[Tensor, "_"] | None = None
+    numbers: Int[Tensor, "_"] | None = None
 
 
 class Run(NamedTuple):
@@ -40,21 +41,10 @@ class Run(NamedTuple):
     part: Part
 
 
-class Order(NamedTuple):
-    """Rows sorted by task: the row at each place, and the place of each row."""
+Runs = tuple[Run, ...]
+"""The runs of a site, in the order of the rows."""
 
-    rows: Int[Tensor, "rows"]
-    places: Int[Tensor, "rows"]
-
-
-class Runs(NamedTuple):
-    """The runs of a site, in the order of the rows; None where the rows are sorted as they are."""
-
-    order: Order | None
-    runs: Sequence[Run]
-
-
-WHOLE = Runs(None, (Run(slice(None), Part(slice(None), slice(None))),))
+WHOLE: Runs = (Run(slice(None), Part()),)
 """All rows with all scales."""
 
 
@@ -71,13 +61,10 @@ def find_runs(
     """
     if tasks.device.type != "cpu" or gates.device.type != "cpu":
         return [WHOLE] * len(gates)
-    rows = tasks.argsort(stable=True)
-    in_order = tasks[rows].tolist()
-    stops = list(accumulate(len(list(same)) for _, same in groupby(in_order)))
+    stops = list(accumulate(len(list(same)) for _, same in groupby(tasks.tolist())))
     starts = [0, *stops[:-1]]
-    order = None if in_order == tasks.tolist() else Order(rows, rows.argsort())
-    chosen = gates.detach()[:, rows[starts]] != 0
-    return [_of_site(used, starts, stops, order, scales, rank) for used in _by_scale(chosen, scales).tolist()]
+    chosen = gates.detach()[:, starts] != 0
+    return [_of_site(used, starts, stops, scales, rank) for used in _by_scale(chosen, scales).tolist()]
 
 
 def _by_scale(chosen: Bool[Tensor, "sites runs experts"], scales: Scales) -> Bool[Tensor, "sites runs scales"]:
@@ -85,9 +72,7 @@ def _by_scale(chosen: Bool[Tensor, "sites runs experts"], scales: Scales) -> Boo
     return torch.stack([of_scale.any(dim=-1) for of_scale in experts], dim=-1)
 
 
-def _of_site(
-    used: list[list[bool]], starts: Sequence[int], stops: Sequence[int], order: Order | None, scales: Scales, rank: int
-) -> Runs:
+def _of_site(used: list[list[bool]], starts: Sequence[int], stops: Sequence[int], scales: Scales, rank: int) -> Runs:
     sizes = [size for _, size in scales]
     computed = sum(
         (stop - start) * sum(size for size, one in zip(sizes, own, strict=True) if one)
@@ -95,8 +80,8 @@ def _of_site(
     )
     if computed > WORTH * sum(sizes) * stops[-1]:
         return WHOLE
-    runs = list(_merged(used, starts, stops, scales, rank))
-    return Runs(order, [Run(slice(None), runs[0].part)] if len(runs) == 1 else runs)
+    runs = tuple(_merged(used, starts, stops, scales, rank))
+    return (Run(slice(None), runs[0].part),) if len(runs) == 1 else runs
 
 
 def _merged(
@@ -123,4 +108,4 @@ def _part(scales: Scales, rank: int, used: tuple[bool, ...]) -> Part:
 
 def paying(runs: Runs, features: int) -> Runs:
     """The runs of a site, where they save more than they cost; `features` are those of its input and its output."""
-    return WHOLE if features < PAYS * len(runs.runs) else runs
+    return WHOLE if features < PAYS * len(runs) else runs
