@@ -146,6 +146,7 @@ def test_a_tuned_run_tries_chooses_reports_and_does_nothing_twice(bench, capsys)
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+@pytest.mark.slow
 def test_a_matched_run_has_sizes_that_agree_and_rows_for_what_cannot(bench, capsys):
     assert bench("--methods", "lora,moelora,full", "--track", "matched", "--target-parameters", "16000") == 1
     found = {name.removesuffix("/0"): one for name, one in records().items()}

@@ -37,6 +37,7 @@ def run(topics: Path, results: Path, *flags: str) -> int:
     return main([*shared, "--methods", "lora", "--eval-rows", "10", "--results", str(results), *flags])
 
 
+@pytest.mark.slow
 def test_a_csv_of_four_classes_runs_beside_a_built_in_task(
     topics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_run_ends_in_records_and_tables_and_its_repetition_does_nothing(bench,
     assert files(Path("results")) == before
 
 
+@pytest.mark.slow
 def test_what_a_record_says_is_consistent(bench):
     assert bench("lora,full") == 0
     found = records()
@@ -152,6 +153,7 @@ def test_methods_see_the_same_rows_and_start_from_the_same_heads(bench):
     assert first_losses["lora/0"] == pytest.approx(first_losses["head/0"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_deleted_record_is_the_only_cell_that_is_run_again(bench, ran):
     assert bench("lora") == 0
     before = {name: content for name, content in files(Path("results/records")).items() if not name.startswith("head")}

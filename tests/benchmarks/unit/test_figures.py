@@ -37,6 +37,7 @@ def make_records(*methods: str, seeds: int = 1, **changes):
     return [make_record(method, seed, **changes)[0] for method in methods for seed in range(seeds)]
 
 
+@pytest.mark.slow
 def test_every_figure_is_an_svg_without_a_date():
     routed = make_record("a@b")[0].model_copy(update={"routing": make_routing(list(TASKS), layers=2, roles="q up")})
     drawings = plan(routed, *make_records("majority", "head", "alpha", "bravo", seeds=2))

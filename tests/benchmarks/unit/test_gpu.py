@@ -74,6 +74,7 @@ def test_a_call_ends_in_time(tmp_path: Path, resumes: bool, code: int) -> None:
     assert not later.output.exists()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_stopped_stage_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(3600)"

@@ -86,6 +86,7 @@ def test_tuning_looks_at_no_reported_teacher(tmp_path: Path) -> None:
     assert not {run.seed for run in seen} & set(TINY.seeds)
 
 
+@pytest.mark.slow
 def test_a_suite_is_resumed_from_its_archive_and_its_tables_come_from_it_alone(tmp_path: Path) -> None:
     said: list[str] = []
     run_mechanisms([TINY], ["more"], tmp_path, jobs=1, command="test", say=said.append)

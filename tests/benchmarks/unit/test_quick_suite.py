@@ -269,6 +269,7 @@ def test_fingerprint_covers_version_task_and_all_rows(suite: dict[str, TaskData]
     )
 
 
+@pytest.mark.slow
 def test_another_process_with_another_hash_seed_makes_the_same_rows(suite: dict[str, TaskData]) -> None:
     program = (
         "from benchmarks.tasks.quick import QUICK_TASKS, load_quick\n"

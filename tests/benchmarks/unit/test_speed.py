@@ -218,7 +218,7 @@ def test_merged_only_during_its_turn() -> None:
         assert not torch.equal(host[0].weight, before)  # type: ignore[index]
     assert torch.equal(host[0].weight, before)  # type: ignore[index]
     assert folded.task_ids(5, 3).tolist() == [0] * 5
-    assert contestant.task_ids(5, 3).tolist() == [0, 1, 2, 0, 1]
+    assert contestant.task_ids(5, 3).tolist() == [0, 0, 1, 1, 2]
     assert merged(attached(tiny("32x48"), "tucka")) is None
 
 

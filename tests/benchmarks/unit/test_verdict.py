@@ -291,6 +291,7 @@ def test_the_block_of_a_readme_follows_the_records(work: Path) -> None:
     assert run(Options(readme=readme, check=True)) == 0
 
 
+@pytest.mark.slow
 def test_every_link_of_the_page_leads_to_a_file(work: Path) -> None:
     text = write_verdict(work / "results")
     links = re.findall(r"\]\(\.\./(results/[^)]+)\)", text)
