@@ -37,25 +37,29 @@ FEW_METHODS = ("ept", "lora", "mixlora", "tucka")  # of each kind of routing one
 SAMPLE = 8  # one architecture in so many is recomputed in CI; `make architectures` and test-exhaustive do all
 
 
-def _of_a_later_method(item: pytest.Item) -> bool:
-    """Whether a case is of a later method than the first six; `make test` asks for the published contract of those."""
-    if "library/" not in item.nodeid:
-        return False
-    values = getattr(getattr(item, "callspec", None), "params", {}).values()
-    named = [value for value in values if isinstance(value, str) and value.partition("@")[0] in LATER_METHODS]
-    return bool(named) and (not item.name.startswith("test_clause") or named[0].endswith("@released"))
+def _is_beyond_the_first(item: pytest.Item) -> bool:
+    """Whether a case of the library is of a later method than the first six, or of another preset than the published.
+
+    `make test` asks of the later ones for the contract's clauses alone. Golden vectors cover the other presets.
+    """
+    values = getattr(getattr(item, "callspec", None), "params", {}).values() if "library/" in item.nodeid else ()
+    parts = (value.partition("@") for value in values if isinstance(value, str))
+    named = [(name, preset) for name, _, preset in parts if name in FIRST_METHODS or name in LATER_METHODS]
+    other_preset = any(preset not in ("", "published") for _, preset in named)
+    later = any(name in LATER_METHODS for name, _ in named)
+    return other_preset or (later and not item.name.startswith("test_clause"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests run in `make test`, which in CI beside it, and which on demand alone (`make test-exhaustive`).
 
-    `make test` takes three minutes: a case takes a few seconds at most, and what is asked of every method is asked of
-    the first six. The product of methods, presets, hosts and phases has thousands of cases. Every preset runs on one
-    host, and each of the first six methods on one more, in turn. The rest of the product is exhaustive.
+    `make test` takes three minutes: a case takes a few seconds at most, and what is asked of every method and preset is
+    asked of the first six as published. The product of methods, presets, hosts and phases has thousands of cases. Every
+    preset runs on one host, and each of the first six methods on one more, in turn. The rest is exhaustive.
     """
     for item in items:
-        if _of_a_later_method(item):
+        if _is_beyond_the_first(item):
             item.add_marker(pytest.mark.slow)
     _mark_exhaustive(items)
 

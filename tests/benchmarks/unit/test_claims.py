@@ -15,6 +15,7 @@ def test_enough_published_numbers_each_with_its_source() -> None:
     assert all(claim.source for claim in CLAIMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if c.shape != "llama-2-7b" and c.value is not None], ids=str)
 def test_small_models_reproduce_every_published_number(claim: Claim) -> None:
     assert verdict(claim, measure(claim)).startswith("reproduced")

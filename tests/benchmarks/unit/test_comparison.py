@@ -70,6 +70,7 @@ def test_only_common_seeds_are_paired_and_failures_are_named(tmp_path):
     assert any("delta" in note for note in table.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edge", "verdicts"),
     [

@@ -116,6 +116,7 @@ def test_vision_transformer() -> None:
     assert all(p.grad is not None for p in adapters.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", moepeft.available())
 def test_a_vision_transformer_learns_random_images_by_heart(method: str) -> None:
     torch.manual_seed(0)
