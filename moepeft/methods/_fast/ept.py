@@ -156,16 +156,17 @@ def add_pyramid(
     kind = computing_type(features)
     features, factors, kernel = features.to(kind), ready.factors.to(kind), kernel.to(kind)
     source = x.detach() if sorts_again(x, features, pyramid.input_is_kept) else None
-    updated: Tensor = _AddPyramid.apply(y, features, source, factors, kernel, _runs_of(ready, x, y))  # type: ignore[no-untyped-call]
+    updated: Tensor = _AddPyramid.apply(  # type: ignore[no-untyped-call]
+        y, features, source, factors, kernel, _runs_of(ready, features, y)
+    )
     return updated
 
 
-def _runs_of(ready: Ready, x: Tensor, y: Tensor) -> Runs:
+def _runs_of(ready: Ready, features: Float[Tensor, "groups g tokens i_g"], y: Tensor) -> Runs:
     """The runs that pay: not where groups are multiplied together, as runs are products by group."""
-    tokens = x.shape[1:-1].numel()
-    if ready.runs is None or multiplies_together(x, tokens):
+    if ready.runs is None or multiplies_together(features, features.shape[2]):
         return WHOLE
-    return paying(ready.runs, x.numel() + y.numel())
+    return paying(ready.runs, features.numel() + y.numel())
 
 
 def sorts_again(x: Tensor, features: Tensor, is_kept: bool) -> bool:

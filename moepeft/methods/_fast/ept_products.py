@@ -35,7 +35,11 @@ def out_of_rank_space(
     """The transposed `factor` applied to every token, on its own or in these rows of `room`."""
     groups, g, k, tokens = low.shape
     if multiplies_together(low, tokens):
-        return F.linear(transpose(low), factor.T)
+        made = F.linear(transpose(low), factor.T)
+        if room is None:
+            return made
+        room[rows] = made
+        return room
     stack, factors = low.view(groups * g, k, tokens).mT, factor.expand(groups * g, -1, -1)
     if room is None:
         return torch.bmm(stack, factors).view(groups, g, tokens, -1)

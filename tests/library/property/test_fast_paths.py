@@ -142,6 +142,24 @@ def test_ept_multiplies_the_rows_of_a_task_by_its_scales_alone(tasks: int) -> No
     assert operations_of(one) - frozen < 0.6 * (operations_of(every) - frozen)
 
 
+@pytest.mark.parametrize(
+    "factory", [moepeft.EPT(num_tasks=TASKS, top_k=1), moepeft.MixLoRA()], ids=lambda each: each.name
+)
+@pytest.mark.parametrize(("autocasts", "length"), [(True, 19), (False, 7)])
+def test_many_rows_in_bfloat16_and_with_few_tokens(factory: Any, autocasts: bool, length: int) -> None:
+    """Where a CPU multiplies in another way: in 16 bits, and for few tokens a row."""
+    model, inputs = prepare(wide_case(factory) | {"rows": 97, "length": length})
+    inputs["x"] = inputs["x"].float()
+    results = []
+    for wanted in (True, False):
+        twin = copy.deepcopy(model).float()
+        with moepeft.fast_paths(wanted), torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            results.append(run(twin, moepeft.attachment(twin), inputs))
+    for what, expected in results[1].items():
+        error = float((results[0][what] - expected).norm() / expected.norm().clamp(min=1e-6))
+        assert error < (0.1 if autocasts else 1e-4), what
+
+
 def operations_of(case: dict[str, Any]) -> int:
     """Multiplications and additions of a training step."""
     model, inputs = prepare(case)
