@@ -52,6 +52,11 @@ def fast_paths_enabled() -> bool:
     return _enabled
 
 
+def is_recorded() -> bool:
+    """Whether a graph is made that other inputs will run through: no value of this input may decide what it holds."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
 class WithFastPath(Protocol):
     """What `has_fast_path` makes of a definition: a function that has both forms as attributes."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moepeft.context import SiteContext
 from moepeft.fast import fast_paths_enabled
+from moepeft.methods._fast.ept_runs import WHOLE
 from moepeft.methods._pyramid import Definition, Pyramid, Ready
 from moepeft.methods._task_gates import Selector, route_rows
 from moepeft.ops.precision import without_autocast
@@ -36,7 +37,7 @@ class Prepared(NamedTuple):
         gates = ctx.spread(self.gates, rows, what)
         if self.ready is None or self.ready.kernel is None:
             return gates, self.ready
-        runs = self.ready.runs if len(self.gates) in (1, rows) else None  # those of the call's rows
+        runs = self.ready.runs if len(self.gates) in (1, rows) else WHOLE  # those of the call's rows
         return gates, self.ready._replace(kernel=ctx.spread(self.ready.kernel, rows, what), runs=runs)
 
 
@@ -84,6 +85,8 @@ def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[P
         return prepared
     widths = [(site.in_features, site.out_features) for site in sites]
     gates = [each.gates for each in prepared if each.gates is not None]
-    tasks = task_sets[:, 0] if by_task and task_sets is not None else None
+    # Another class may choose gates of zero that have a gradient: all of its scales are computed.
+    own_gates = type(sites[0]).choose.__module__.startswith("moepeft.")
+    tasks = task_sets[:, 0] if by_task and own_gates and task_sets is not None else None
     ready = make_ready([site.pyramid() for site in sites], widths, gates or None, tasks)
     return [each._replace(ready=own) for each, own in zip(prepared, ready, strict=True)]

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Once = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
 """`SiteContext.of_input`: makes what depends on an input alone once for all sites that read the input."""
+
+
+class Part(NamedTuple):
+    """Some of the scales: their columns of the factors, their numbers in a flat kernel (S S); None for all."""
+
+    columns: Int[Tensor, "_"] | None = None
+    numbers: Int[Tensor, "_"] | None = None
+
+
+class Run(NamedTuple):
+    """Rows of one task that stand beside each other, and the scales that they use."""
+
+    rows: slice
+    part: Part
+
+
+Runs = tuple[Run, ...]
+"""The runs of a site, in the order of the rows."""
 
 
 class Ready(NamedTuple):
@@ -20,13 +38,13 @@ class Ready(NamedTuple):
         factors: the seed's two factors, transposed, below each other.
         blocks: the experts' kernels with f_e, as block-diagonal matrices; None where `kernel` is there.
         kernel: the gated kernels of every row.
-        runs: which rows use which scales, where that is known.
+        runs: which rows use which scales.
     """
 
     factors: Float[Tensor, "i_g_and_o_g_and_one k"]
     blocks: Float[Tensor, "experts S_S"] | None
     kernel: Float[Tensor, "rows S_S"] | None
-    runs: Any = None
+    runs: Runs
 
 
 class Pyramid(NamedTuple):

@@ -153,7 +153,7 @@ def importance(
     G: Float[Tensor, "rows *n experts"], real: Float[Tensor, "rows tokens"] | None
 ) -> Float[Tensor, "rows experts"]:
     """Q: the sum of each row's gates over its tokens."""
-    G = G.reshape(G.shape[0], -1, G.shape[-1])
+    G = G.unsqueeze(1) if G.dim() == 2 else G.flatten(1, -2)
     return G.sum(dim=1) if real is None else torch.einsum("bt,btn->bn", real, G)
 
 

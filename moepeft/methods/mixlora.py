@@ -177,7 +177,9 @@ class Choice(NamedTuple):
     """What the router chose for the tokens of an FFN's input.
 
     Attributes:
-        indices, weights, experts: i_j, w_j in float32 at least, i_j one-hot over E.
+        indices: the experts i_j.
+        weights: their weights w_j, in float32 at least.
+        experts: the experts i_j one-hot over E.
         rows: of every expert, where it stands among the i_j; None where no fast path asks.
     """
 
@@ -230,7 +232,7 @@ def project_out(
 ) -> Float[Tensor, "*n o"]:
     """sum_j w_j (W0 h_j + the update by expert i_j of x_j): the streams h, and x, which is h after dropout."""
     outputs = base(h.flatten(0, 1))
-    outputs = outputs.reshape(len(h), -1, *outputs.shape[1:])
+    outputs = outputs.reshape(*h.shape[:2], *outputs.shape[1:])
     if pairs is not None:
         outputs = outputs + update_of_experts(x, pairs, choice.experts).to(outputs.dtype)
     return (outputs * choice.weights.to(outputs.dtype)).sum(dim=0)
@@ -262,8 +264,7 @@ class _Projection(nn.Module):
 
     def __init__(self, site: LinearSite, config: MixLoRA) -> None:
         super().__init__()
-        self.config = config
-        self.scale = config.alpha / config.rank
+        self.config, self.scale = config, config.alpha / config.rank
         self.has_experts = site.role in config.targets
         self.dropout = dropout_of(config.dropout)
         if self.has_experts:
@@ -315,5 +316,5 @@ class OutwardAdapter(_Projection):
         """Sum over streams of weight times projection."""
         assert ctx.site.block is not None
         choice: Choice = ctx.taken(ctx.site.block)  # it holds activations: let them go with this FFN
-        streams = x.reshape(self.config.top_k, -1, *x.shape[1:])
+        streams = torch.unflatten(x, 0, (self.streams, len(x) // self.streams))
         return project_out(base, streams, self.dropout(streams) if self.has_experts else streams, self.pairs, choice)

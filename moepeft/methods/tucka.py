@@ -193,14 +193,16 @@ class Router(nn.Module):
             positions = x[..., 0].numel() if mask is None else mask.sum()
             totals = ctx.joint_sum(F.pad(rows, (0, 1), value=1.0) * positions)
             rows = totals[:, :-1] / totals[:, -1:].clamp(min=1)
+        # From no tokens nothing can start. With several processes all must take part, whatever their own batches hold.
+        if not (self._ready or x.is_meta) and (x.numel() or has_processes()):
+            self._start(rows)
         ctx.put(self.KEY, Routing(ctx.site.name, *self(rows)))
 
     def forward(self, rows: Float[Tensor, "rows i"]) -> tuple[Tensor, Tensor, Tensor]:
         """`Routing.group`, `weights` and `gates` of each row."""
-        if not (self._ready or rows.is_meta):
-            self._start(rows)
         with without_autocast(rows):
-            affinity = F.linear(rows, self.centroids).reshape(-1, self.config.groups, self.config.experts)
+            shape = self.config.groups, self.config.experts
+            affinity = torch.unflatten(F.linear(rows, self.centroids), -1, shape)
             scores = F.normalize(affinity, dim=-1, eps=1e-12).sigmoid()
         deciding = affinity if self.config.choice == "affinity" else scores
         group = deciding.amax(dim=-1).argmax(dim=-1)
@@ -230,7 +232,8 @@ class Router(nn.Module):
 
 def _batch_mean(x: Tensor, mask: Tensor | None) -> Float[Tensor, "1 i"]:
     if mask is None:
-        return x.flatten(0, -2).mean(dim=0, keepdim=True)
+        tokens = x.flatten(0, -2)
+        return tokens.mean(dim=0, keepdim=True) if len(tokens) else tokens.sum(dim=0, keepdim=True)
     weight = mask.to(x.dtype)
     return torch.einsum("bs,bsd->d", weight, x.flatten(1, -2))[None] / weight.sum().clamp(min=1)
 
@@ -276,7 +279,7 @@ def correct_input(
         dense_update(core, factors.factor, factors.mixing, w).to(x.dtype)
         for core, w in zip(factors.core.index_select(0, routing.group), routing.weights, strict=True)
     ]
-    rows = x.reshape(len(updates), -1, *x.shape[1:])
+    rows = torch.unflatten(x, 0, (len(updates), len(x) // len(updates)))
     return x + alpha * torch.stack([xs @ T for xs, T in zip(rows, updates, strict=True)]).flatten(0, 1)
 
 

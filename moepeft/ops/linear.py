@@ -36,7 +36,8 @@ def per_row(weight: Tensor, x: Tensor) -> Tensor:
 
 def multiply_rows(x: Float[Tensor, "rows *n k"], matrices: Float[Tensor, "rows k o"]) -> Float[Tensor, "rows *n o"]:
     """Each row of `x` times a matrix of its own."""
-    return torch.bmm(x.reshape(len(x), -1, x.shape[-1]), matrices).view(*x.shape[:-1], -1)
+    positions = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+    return torch.bmm(positions, matrices).view(*x.shape[:-1], matrices.shape[-1])
 
 
 def add_linear(

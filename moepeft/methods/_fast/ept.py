@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moepeft.methods._fast.ept_products import (
+    by_side,
     into_rank_space,
     mix,
     multiplies_together,
@@ -47,9 +48,9 @@ from moepeft.methods._fast.ept_products import (
     sort_by_residue,
     unsort,
 )
-from moepeft.methods._fast.ept_runs import WHOLE, Part, Runs, find_runs, paying
+from moepeft.methods._fast.ept_runs import WHOLE, find_runs, paying
 from moepeft.methods._fast.ept_tables import Tables, cached_tables
-from moepeft.methods._pyramid import Once, Pyramid, Ready
+from moepeft.methods._pyramid import Once, Part, Pyramid, Ready, Runs
 from moepeft.ops.linear import computing_type
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
@@ -87,10 +88,10 @@ def make_ready(
         of_scales = [kernel.flatten(1) * factor for kernel, factor in zip(kernels, first.factors, strict=True)]
         blocks = spread_kernels(torch.cat(of_scales, dim=1), where.blocks, scales)
         if gates is None:
-            return [Ready(factors[number], each, None) for number, each in enumerate(together.apart(blocks))]
+            return [Ready(factors[number], each, None, WHOLE) for number, each in enumerate(together.apart(blocks))]
         stacked = together.stack(gates)
         gated = (stacked @ blocks).to(kind)
-        runs = [None] * len(pyramids) if tasks is None else find_runs(stacked, tasks, scales, first.A.shape[0])
+        runs = [WHOLE] * len(pyramids) if tasks is None else find_runs(stacked, tasks, scales, first.A.shape[0])
         return [
             Ready(factors[number], None, each, own)
             for number, (each, own) in enumerate(zip(together.apart(gated), runs, strict=True))
@@ -164,7 +165,7 @@ def add_pyramid(
 
 def _runs_of(ready: Ready, features: Float[Tensor, "groups g tokens i_g"], y: Tensor) -> Runs:
     """The runs that pay: not where groups are multiplied together, as runs are products by group."""
-    if ready.runs is None or multiplies_together(features, features.shape[2]):
+    if multiplies_together(features, features.shape[2]):
         return WHOLE
     return paying(ready.runs, features.numel() + y.numel())
 
@@ -204,10 +205,11 @@ class _AddPyramid(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, factors, kernel, *lows = ctx.saved_tensors
-        groups, g, width, runs = len(kernel), ctx.g, ctx.width, ctx.runs
+        g, width, runs = ctx.g, ctx.width, ctx.runs
         with without_autocast(grad):
-            of_update = sort_by_residue(_grouped(grad.to(factors.dtype), groups), g)
-            features = sort_by_residue(_grouped(kept, groups), g) if ctx.sorts_again else kept
+            shape = len(kernel), lows[0].shape[-1]
+            of_update = sort_by_residue(grad.to(factors.dtype).reshape(*shape, grad.shape[-1]), g)
+            features = sort_by_residue(kept.reshape(*shape, kept.shape[-1]), g) if ctx.sorts_again else kept
             of_features = _room(features, width, runs) if ctx.needs_input_grad[1] else None
             sums = _Sums(factors, kernel, runs)
             for (rows, part), low in zip(runs, lows, strict=True):
@@ -218,8 +220,8 @@ class _AddPyramid(torch.autograd.Function):
                 # The mixed rank space is cheaper made again than kept.
                 of_up = of_factor(mix(K, low), of_update[rows])
                 of_down = of_factor(of_low, features[rows])
-                flat = len(low), K.shape[-1], -1
-                sums.add(rows, part, (of_down, of_up), of_mixed.view(flat) @ low.view(flat).mT)
+                of_kernel = by_side(of_mixed, K.shape[1]) @ by_side(low, K.shape[1]).mT
+                sums.add(rows, part, (of_down, of_up), of_kernel)
                 if ctx.needs_input_grad[1]:
                     of_features = out_of_rank_space(of_low, down, of_features, rows)
         return grad, of_features, None, sums.factors, sums.kernel, None
@@ -258,11 +260,8 @@ def _room(features: Tensor, width: int, runs: Runs) -> Tensor | None:
 
 
 def _square(kernel: Float[Tensor, "groups S_S"]) -> Float[Tensor, "groups S S"]:
-    return kernel.view(len(kernel), math.isqrt(kernel.shape[1]), -1)
-
-
-def _grouped(x: Tensor, groups: int) -> Float[Tensor, "groups tokens d"]:
-    return x.reshape(groups, -1, x.shape[-1])
+    S = math.isqrt(kernel.shape[1])
+    return kernel.view(len(kernel), S, S)
 
 
 def _of_sides(factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -283,7 +282,8 @@ class _SortedByResidue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, leading: int, g: int) -> Tensor:
         ctx.shape = x.shape
-        return sort_by_residue(_grouped(x, x.shape[:leading].numel()), g)
+        groups, tokens = x.shape[:leading].numel(), x.shape[leading:-1].numel()
+        return sort_by_residue(x.reshape(groups, tokens, x.shape[-1]), g)
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,12 @@ FEW_TOKENS = 16
 
 def mix(kernel: Float[Tensor, "groups S S"], low: Float[Tensor, "groups g k tokens"]) -> Tensor:
     """K (x) I_r of every group, applied to the group's tokens in the rank space."""
-    return torch.bmm(kernel, low.view(*kernel.shape[:2], -1)).view(low.shape)
+    return torch.bmm(kernel, by_side(low, kernel.shape[1])).view(low.shape)
+
+
+def by_side(low: Float[Tensor, "groups g k tokens"], S: int) -> Float[Tensor, "groups S r_tokens"]:
+    """The rank space as kernels of side S see it."""
+    return low.view(len(low), S, low.shape[1:].numel() // S)
 
 
 def into_rank_space(
@@ -26,7 +31,7 @@ def into_rank_space(
     if multiplies_together(features, tokens):
         return transpose(F.linear(features, factor))
     stack = features.view(groups * g, tokens, width)
-    return torch.bmm(factor.expand(groups * g, -1, -1), stack.mT).view(groups, g, -1, tokens)
+    return torch.bmm(factor.expand(groups * g, -1, -1), stack.mT).view(groups, g, len(factor), tokens)
 
 
 def out_of_rank_space(
@@ -42,8 +47,8 @@ def out_of_rank_space(
         return room
     stack, factors = low.view(groups * g, k, tokens).mT, factor.expand(groups * g, -1, -1)
     if room is None:
-        return torch.bmm(stack, factors).view(groups, g, tokens, -1)
-    torch.bmm(stack, factors, out=room[rows].view(groups * g, tokens, -1))
+        return torch.bmm(stack, factors).view(groups, g, tokens, factor.shape[1])
+    torch.bmm(stack, factors, out=room[rows].flatten(0, 1))
     return room
 
 

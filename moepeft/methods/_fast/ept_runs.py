@@ -12,12 +12,16 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moepeft.fast import is_recorded
+from moepeft.methods._pyramid import Part, Run, Runs
+
+WHOLE: Runs = (Run(slice(None), Part()),)
+"""All rows with all scales."""
 PAYS = 1 << 16
 """Features of a run's inputs and outputs from which what is left out takes longer than what a run costs."""
 WORTH = 0.8
@@ -25,27 +29,6 @@ WORTH = 0.8
 
 Scales = tuple[tuple[int, int], ...]
 """Number of experts and kernel size of every scale, ascending."""
-
-
-class Part(NamedTuple):
-    """Some of the scales: their columns of the factors, their numbers in a flat kernel (S S); None for all."""
-
-    columns: Int[Tensor, "_"] | None = None
-    numbers: Int[Tensor, "_"] | None = None
-
-
-class Run(NamedTuple):
-    """Rows beside each other, and the scales that they use."""
-
-    rows: slice
-    part: Part
-
-
-Runs = tuple[Run, ...]
-"""The runs of a site, in the order of the rows."""
-
-WHOLE: Runs = (Run(slice(None), Part()),)
-"""All rows with all scales."""
 
 
 def find_runs(
@@ -59,7 +42,7 @@ def find_runs(
         scales: of the experts.
         rank: of the seed.
     """
-    if tasks.device.type != "cpu" or gates.device.type != "cpu":
+    if tasks.device.type != "cpu" or gates.device.type != "cpu" or is_recorded():
         return [WHOLE] * len(gates)
     stops = list(accumulate(len(list(same)) for _, same in groupby(tasks.tolist())))
     starts = [0, *stops[:-1]]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moepeft.fast import is_recorded
 from moepeft.ops.linear import add_linear, computing_type
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base
@@ -39,7 +40,7 @@ FEW_TOKENS = 512
 def find_rows(choice: AnyChoice) -> AnyChoice:
     """The choice, with `rows` where each expert is to multiply its own tokens alone."""
     indices, _, experts, _ = choice
-    if indices.device.type != "cpu" or indices.numel() < FEW_TOKENS or torch.compiler.is_compiling():
+    if indices.device.type != "cpu" or indices.numel() < FEW_TOKENS or is_recorded():
         return choice
     chosen = indices.movedim(-1, 0).flatten()
     counts = torch.bincount(chosen, minlength=experts.shape[-1]).tolist()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moepeft
+from moepeft.methods.ept import EPTAdapter
 from tests.library.property.configurations import (
     TASKS,
     attach_or_draw_again,
@@ -158,6 +159,39 @@ def test_many_rows_in_bfloat16_and_with_few_tokens(factory: Any, autocasts: bool
     for what, expected in results[1].items():
         error = float((results[0][what] - expected).norm() / expected.norm().clamp(min=1e-6))
         assert error < (0.1 if autocasts else 1e-4), what
+
+
+class StraightThrough(EPTAdapter):
+    """Zero gates that have a gradient."""
+
+    def choose(self, logits: Tensor) -> Tensor:
+        soft = logits.softmax(dim=-1)
+        return super().choose(logits).detach() + soft - soft.detach()
+
+
+class StraightThroughEPT(moepeft.EPT):
+    def build(self, site: moepeft.LinearSite, shared: nn.Module | None) -> nn.Module:
+        return StraightThrough(site, self)
+
+
+def test_gates_of_another_class_keep_their_gradients() -> None:
+    fast, defined = both_ways(wide_case(StraightThroughEPT(num_tasks=TASKS, top_k=1)))
+    torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", moepeft.available())
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])
+@pytest.mark.parametrize("fast", [True, False])
+def test_nothing_is_computed_of_nothing(name: str, shape: tuple[int, ...], fast: bool) -> None:
+    """A batch without rows, or of rows without tokens, as the last of a process may be."""
+    model = network(plain_case(moepeft.method(name)) | {"masked": False})
+    adapters = moepeft.attach(model, moepeft.method(name))
+    x = torch.zeros(*shape, 13, requires_grad=True)
+    with moepeft.fast_paths(fast):
+        output = model(x, task_ids=0)
+        output.sum().backward()
+    assert output.shape == x.shape
+    assert all(p.grad is None or not p.grad.any() for p in adapters.parameters())
 
 
 def operations_of(case: dict[str, Any]) -> int:

@@ -306,3 +306,13 @@ def test_ablations_are_chosen_on_the_command_line_together() -> None:
     assert set(names[3:]) == {f"tucka@{one}" for one in ablations(factory_class("tucka"))}
     with pytest.raises(UnknownMethod, match="declares no ablations"):
         parse_methods(("lora@ablations",), num_tasks=2)
+
+
+def test_an_empty_batch_starts_no_centroids_of_tucka() -> None:
+    model = nn.Sequential(nn.Linear(5, 5))
+    adapters = moepeft.attach(model, moepeft.TuckA(groups=2, rank=2))
+    before = dict(adapters.named_parameters())["shared.centroids"].clone()
+    model(torch.zeros(0, 3, 5))
+    assert torch.equal(dict(adapters.named_parameters())["shared.centroids"], before)
+    model(torch.full((2, 3, 5), 7.0))
+    assert torch.allclose(dict(adapters.named_parameters())["shared.centroids"][0], torch.tensor(7.0))
