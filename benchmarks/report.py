@@ -12,6 +12,7 @@ import tyro
 from benchmarks.mechanisms.build import build_mechanisms, has_archive
 from benchmarks.records.frame import NoRecordsError, Results
 from benchmarks.records.store import RecordError, replacing
+from benchmarks.records.tracked import own_folders
 from benchmarks.reporting.build import (
     COMMAND,
     RESULTS,
@@ -42,7 +43,7 @@ class Options:
     readme: Path | None = None
     """Also rewrite the block between the results markers of this file: the scores of the folder that they name."""
     verdict: bool = False
-    """Also write docs/verdict.md: what all folders of results/ together say to the questions that people ask."""
+    """Also write docs/verdict.md: what all folders of results/ that git knows say to the questions that people ask."""
     check: bool = False
     """Write nothing; fail and name the tables that are not what the records give, and the figures that are missing."""
     html: bool = False
@@ -63,10 +64,16 @@ def run(options: Options) -> int:
     if not roots:
         raise NoRecordsError(f"no folder in {RESULTS}/ holds records; name one with --results")
     reports = {root: _build(root, options.reference) for root in roots}
-    readme = None if options.readme is None else _update(options.readme, reports, options.reference)
-    pages = {} if readme is None or options.readme is None else {options.readme: readme}
+    committed = Evidence(RESULTS, own_folders(RESULTS))
+    pages = {}
+    if options.readme is not None:
+        pages[options.readme] = _update(options.readme, reports, options.reference, committed)
     if options.verdict:
-        pages[VERDICT] = write_verdict(RESULTS)
+        pages[VERDICT] = write_verdict(committed)
+        for name in sorted(committed.without):
+            sys.stderr.write(
+                f"{VERDICT} leaves {RESULTS / name} out, which git does not know: git add it to have it in\n"
+            )
     if options.check:
         return _check(reports, pages)
     _write(reports, pages)
@@ -84,12 +91,12 @@ def _build(root: Path, reference: str | None) -> Report:
     return build_mechanisms(root) if has_archive(root) else build_report(root, reference)
 
 
-def _update(path: Path, reports: dict[Path, Report], reference: str | None) -> str:
+def _update(path: Path, reports: dict[Path, Report], reference: str | None, committed: Evidence) -> str:
     shown = find_folder(path)
     known = {root.resolve(): report for root, report in reports.items()}
     report = known.get(shown.resolve()) or build_report(shown, reference)
     text = update_readme(path, report.scores)
-    return update_verdict(text, summarise(answer_all(Evidence(RESULTS)))) if VERDICT_BLOCK.search(text) else text
+    return update_verdict(text, summarise(answer_all(committed))) if VERDICT_BLOCK.search(text) else text
 
 
 def _check(reports: dict[Path, Report], pages: dict[Path, str]) -> int:

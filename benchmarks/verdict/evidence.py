@@ -158,9 +158,15 @@ class Evidence:
 
     Attributes:
         root: with a folder for each suite, and `mechanisms`, `speed*` and `tables`.
+        without: names of folders that are left out.
     """
 
     root: Path
+    without: frozenset[str] = frozenset()
+
+    def folders(self, pattern: str) -> list[Path]:
+        """The folders below the root whose name and content agree with the pattern ``name/content``."""
+        return sorted(path.parent for path in self.root.glob(pattern) if path.parent.name not in self.without)
 
     @cached_property
     def studies(self) -> list[Study]:
@@ -169,8 +175,7 @@ class Evidence:
         Raises:
             RecordError: a record is damaged.
         """
-        folders = sorted(path.parent for path in self.root.glob("*/records"))
-        found = [study for folder in folders for study in _load_studies(folder)]
+        found = [study for folder in self.folders("*/records") for study in _load_studies(folder)]
         return sorted(found, key=lambda study: -study.steps)
 
     @cached_property
@@ -181,7 +186,7 @@ class Evidence:
             Incomplete: a run is missing.
         """
         folder = self.root / "mechanisms"
-        if not has_archive(folder):
+        if folder.name in self.without or not has_archive(folder):
             return {}
         archive = Archive(folder)
         return {
@@ -191,7 +196,8 @@ class Evidence:
     @cached_property
     def speed(self) -> list[dict[str, Any]]:
         """Finished tables of `benchmarks.speed`."""
-        return [dict(table) for folder in sorted(self.root.glob("speed*/tables")) for table in gather_tables(folder)]
+        folders = self.folders("speed*/tables")
+        return [dict(table) for folder in folders for table in gather_tables(folder / "tables")]
 
     @cached_property
     def counts(self) -> pd.DataFrame:

@@ -29,16 +29,12 @@ STRENGTHS = {
 }
 
 
-def write_verdict(results: Path) -> str:
+def write_verdict(evidence: Evidence) -> str:
     """The page as Markdown.
-
-    Args:
-        results: root of the results folders.
 
     Raises:
         RecordError: a record is damaged, or one that a table needs is missing.
     """
-    evidence = Evidence(results)
     answers, rulings = answer_all(evidence), rule_on_claims(evidence)
     parts = [
         f"<!-- Written by `{COMMAND} --verdict`: edit nothing here. -->",

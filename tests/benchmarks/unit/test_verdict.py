@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,26 @@ def test_the_committed_page_is_checked(work: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_page_is_made_of_what_git_knows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever tries the quick comparison in a checkout does not change what the project says."""
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", *arguments], check=True, capture_output=True)
+
+    git("init")
+    assert run(Options(verdict=True)) == 0  # git knows nothing: all is the user's
+    shutil.copytree(work / "results" / "small", work / "results" / "own")
+    assert run(Options()) == 0
+    assert run(Options(verdict=True, check=True)) == 1
+    git("add", "results/small", "results/mechanisms")
+    capsys.readouterr()
+    assert run(Options(verdict=True, check=True)) == 0
+    assert "results/own" in capsys.readouterr().err
+    git("add", "results/own")
+    assert run(Options(verdict=True, check=True)) == 1
+
+
+@pytest.mark.slow
 def test_the_block_of_a_readme_follows_the_records(work: Path) -> None:
     readme = work / "README.md"
     markers = ("verdict:begin", "verdict:end", "results:begin results/small", "results:end")
@@ -293,7 +314,7 @@ def test_the_block_of_a_readme_follows_the_records(work: Path) -> None:
 
 @pytest.mark.slow
 def test_every_link_of_the_page_leads_to_a_file(work: Path) -> None:
-    text = write_verdict(work / "results")
+    text = write_verdict(Evidence(work / "results"))
     links = re.findall(r"\]\(\.\./(results/[^)]+)\)", text)
     assert links
     assert all((work / link).is_file() for link in links)
@@ -302,16 +323,16 @@ def test_every_link_of_the_page_leads_to_a_file(work: Path) -> None:
 def test_a_deleted_run_is_refused_and_a_deleted_record_changes_the_page(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = write_verdict(work / "results")
+    before = write_verdict(Evidence(work / "results"))
     record = next((work / "results" / "small" / "records").glob("bravo-s0*.json"))
     record.unlink()
-    assert write_verdict(work / "results") != before
+    assert write_verdict(Evidence(work / "results")) != before
     archive = work / "results" / "mechanisms" / "runs.jsonl"
     lines = archive.read_text().splitlines()
     reported = next(line for line in lines if json.loads(line)["run"]["seed"] == 0)
     archive.write_text("\n".join(line for line in lines if line != reported) + "\n")
     with pytest.raises(Incomplete):
-        write_verdict(work / "results")
+        write_verdict(Evidence(work / "results"))
     monkeypatch.setattr("sys.argv", ["report", "--verdict", "--check"])
     capsys.readouterr()
     assert report.main() == 2
