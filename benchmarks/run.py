@@ -195,7 +195,9 @@ class _Command:
         protocol = part.due[0].cell.protocol
         scored_on = protocol.evaluate_on
         if scored_on not in self.benches:
-            self.benches[scored_on] = prepare(self.study.data, protocol, self.source, self.device, self.command)
+            self.benches[scored_on] = prepare(
+                self.study.data, protocol, self.source, self.device, self.command, self.store.root
+            )
         return run_cells(
             part.due,
             self.benches[scored_on],

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,8 @@ from benchmarks.backbones.load import BackboneSource, describe, load_tokenizer
 from benchmarks.cells.data import TokenisedTask, tokenise_task
 from benchmarks.cells.evaluate import Evaluation, evaluate_majority, evaluate_model
 from benchmarks.cells.examination import Examiner
-from benchmarks.cells.heads import Head, fit_heads, start_from
+from benchmarks.cells.head_store import stored_heads
+from benchmarks.cells.heads import Head, start_from
 from benchmarks.cells.ledger import Ledger
 from benchmarks.cells.routing import collect
 from benchmarks.cells.swaps import swap_ids
@@ -68,9 +70,14 @@ class Bench:
 
 
 def prepare(
-    data: Sequence[TaskData], protocol: Protocol, source: BackboneSource, device: torch.device, command: str
+    data: Sequence[TaskData],
+    protocol: Protocol,
+    source: BackboneSource,
+    device: torch.device,
+    command: str,
+    root: Path,
 ) -> Bench:
-    """Tokenise the rows that cells of a protocol share, whatever their learning rates."""
+    """Tokenise the rows that cells of a protocol share, whatever their learning rates; heads are kept in `root`."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -78,7 +85,7 @@ def prepare(
     tokenizer = load_tokenizer(source)
     family = family_of(protocol, tokenizer, [task.spec for task in data])
     tasks = tuple(tokenise_task(task, family) for task in data)
-    heads = fit_heads(tasks, family, source, device) if protocol.head_start == "ridge" else None
+    heads = stored_heads(root, tasks, family, source, device) if protocol.head_start == "ridge" else None
     return Bench(tasks, tokenizer, source, device, command, heads=heads)
 
 

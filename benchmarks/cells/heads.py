@@ -29,6 +29,7 @@ from benchmarks.cells.data import TokenisedTask
 from benchmarks.families import AnyFamily
 from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import Encoder, MultiTaskModel
+from benchmarks.protocols.protocol import Protocol
 from benchmarks.protocols.seeds import generator
 from benchmarks.tasks.base import TaskSpec
 
@@ -68,10 +69,15 @@ def fit_heads(
     model = family.load(source, 0).to(device).eval()
     heads = {}
     for position, task in enumerate(tasks):
-        order = generator("head start", task.spec.name).permutation(len(task.train))
-        rows = [cast(HeadRow, task.train[at]) for at in sorted(map(int, order[: family.protocol.head_start_rows]))]
+        rows = rows_of_fit(task, family.protocol)
         heads[task.spec.name] = fit_head(task.spec, rows, read_features(model, family, position, rows))
     return heads
+
+
+def rows_of_fit(task: TokenisedTask, protocol: Protocol) -> list[HeadRow]:
+    """The training rows of a task that its head is fitted on; they depend on the task's name alone."""
+    order = generator("head start", task.spec.name).permutation(len(task.train))
+    return [cast(HeadRow, task.train[at]) for at in sorted(map(int, order[: protocol.head_start_rows]))]
 
 
 def start_from(model: MultiTaskModel, heads: Mapping[str, Head]) -> None:

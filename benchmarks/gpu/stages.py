@@ -11,7 +11,9 @@ TESTS = Path("tests/library/device/test_accelerator.py")
 SHAPES = ("t5-base", "llama-2-7b")
 # Compiling all 32 layers of three contestants takes longer than a call.
 COMPILED_LAYERS = {"llama-2-7b": 8}
-STUDIED = "lora,moelora,more,mixlora,tucka@routing=row,ept"
+# The rows that docs/study.md declares.
+LADDER = "lora,lora@rank=2,lora@rank=16,lora@rank=40,lora-per-task"
+STUDIED = f"{LADDER},moelora,more,mixlora,tucka,tucka@routing=row,ept"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Options:
     """Time of one call."""
     stages: tuple[str, ...] = ()
     """Comma-separated stages, by name or by the beginning of names, e.g. tests,speed; unset: all."""
+    jobs: int = 8
+    """Cells of the study at once: a step of a small model leaves a GPU idle for most of its time."""
     rehearse: bool = False
     """The same stages with tiny shapes on the CPU."""
 
@@ -106,6 +110,9 @@ def _study(options: Options) -> Stage:
         flags += ["--eval-rows", "8", "--device", "cpu"]
     else:
         flags += ["--methods", STUDIED, "--seeds", "0,1,2,3,4", "--data-dir", str(options.data_dir), "--device", "cuda"]
+        # As on a CPU. The steps of a small model are launches, of which autocast makes more.
+        flags += ["--precision", "fp32"]
+    flags += ["--jobs", str(options.jobs)]
     return Stage("study", ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md", resumes=True)
 
 
@@ -116,6 +123,8 @@ def choose_stages(options: Options) -> list[Stage]:
         if not any(stage.name.startswith(asked) for stage in stages):
             raise UsageError(f"--stages {asked}: no stage begins so; give some of {', '.join(s.name for s in stages)}")
     chosen = [stage for stage in stages if not options.stages or stage.name.startswith(options.stages)]
+    if options.jobs < 1:
+        raise UsageError(f"--jobs {options.jobs}: give the number of cells to run at once, 1 or more")
     if not options.minutes > 0:
         raise UsageError(f"--minutes {options.minutes}: give the minutes of one call, more than 0")
     if not TESTS.is_file():

@@ -76,12 +76,12 @@ ROWS = [Example(f"a {WORDS[number % 4]} row {number}", label=number % 2) for num
 DATA = (TaskData(CLASSES, ROWS, ROWS, "hand-made", "f" * 64),)
 
 
-def run(method, **fields):
+def run(root, method, **fields):
     protocol = Protocol(
         name="t", tasks=("classes",), batch_size=4, backbone="tiny-bert", precision="fp32", length_window=1, warmup=2,
         schedule="constant", averaging=0.9, head_start="ridge", **fields,
     )  # fmt: skip
-    bench = prepare(DATA, protocol, find_backbone("tiny-bert"), torch.device("cpu"), "test")
+    bench = prepare(DATA, protocol, find_backbone("tiny-bert"), torch.device("cpu"), "test", root)
     (planned,) = expand(protocol, (method,), DATA, (0,), trial=True)
     record, _ = run_cell(planned, bench, lambda *_: None)
     assert record.status == "ok", record.reason
@@ -89,14 +89,15 @@ def run(method, **fields):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_checkpoint_is_the_end_of_a_shorter_run_and_head_is_the_fit():
+def test_a_checkpoint_is_the_end_of_a_shorter_run_and_head_is_the_fit(tmp_path):
     lora = parse_method("lora", 1)
-    long, short = run(lora, steps=6, checkpoints=(3, 50), checkpoint_rows=24), run(lora, steps=3)
+    long = run(tmp_path, lora, steps=6, checkpoints=(3, 50), checkpoint_rows=24)
+    short = run(tmp_path, lora, steps=3)
     assert [point.step for point in long.checkpoints] == [3, 6]
     ends = [record.scores["classes"].likelihood.skill for record in (short, long)]
     assert [point.skills["classes"] for point in long.checkpoints] == ends
     assert len({*ends}) == 2
-    head = run(HeadsOnly(), steps=3)
+    head = run(tmp_path, HeadsOnly(), steps=3)
     assert head.budget is None
     assert head.scores["classes"].likelihood.skill > 0
 
