@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import cast
 
 import torch
 from pebble import ProcessExpired, ProcessPool
@@ -121,11 +124,12 @@ def _run_beside(
     before = {planned.cell.id: store.find(planned.cell) for planned in waiting}
     # As many threads as the user gave this process, dealt out: with more, the workers only get in each other's way.
     threads = max(1, torch.get_num_threads() // jobs)
+    shared = _write_shared(_Shared(bench, store, threads))
     # A process forked from one that runs torch's threads, or has CUDA open, would hang or fail.
     pool = ProcessPool(
         min(jobs, len(waiting)),
         initializer=_enter,
-        initargs=(bench, store.root, threads),
+        initargs=(shared, store.root),
         context=multiprocessing.get_context("spawn"),
     )
     try:
@@ -146,6 +150,7 @@ def _run_beside(
         # After Ctrl-C the cells that ran have no record: they were neither finished nor did they fail.
         pool.stop()  # type: ignore[no-untyped-call]
         pool.join()
+        shared.unlink(missing_ok=True)
 
 
 def _outcome(future: Future[float]) -> float | ProcessExpired:
@@ -187,36 +192,58 @@ def _ctrl_c_later() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Worker:
+class _Shared:
     """What a worker process needs for every cell."""
 
     bench: Bench
     store: Store
+    threads: int
 
 
-_worker: _Worker | None = None
+def _write_shared(shared: _Shared) -> Path:
+    """A file for the workers to read.
+
+    Arguments of a process go through a pipe. If they are larger than its buffer, the next process is started only when
+    this one has imported torch and reads them: many workers would begin one after the other.
+    """
+    with tempfile.NamedTemporaryFile(prefix="moepeft-", suffix=".pickle", delete=False) as file:
+        pickle.dump(shared, file)
+    return Path(file.name)
 
 
-def _enter(bench: Bench, root: Path, threads: int) -> None:
-    """What a worker does once."""
-    import transformers
+_shared: _Shared | Exception | None = None
 
-    global _worker  # noqa: PLW0603 - a process of its own
+
+def _enter(path: Path, root: Path) -> None:
+    """What a worker does once. A pool starts a worker that raises here again and again: `_work` raises it instead."""
+    global _shared  # noqa: PLW0603 - a process of its own
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that half-written files are removed
     send_messages(root)
-    torch.set_num_threads(threads)
-    prepare_device(bench.device)
+    try:
+        _shared = _read_shared(path)
+    except Exception as error:
+        _shared = error
+
+
+def _read_shared(path: Path) -> _Shared:
+    import transformers
+
+    shared = cast(_Shared, pickle.loads(path.read_bytes()))  # noqa: S301 - written by the process that started this one
+    torch.set_num_threads(shared.threads)
+    prepare_device(shared.bench.device)
     transformers.utils.logging.disable_progress_bar()
     code_state()
-    _worker = _Worker(bench, Store(root))
+    return shared
 
 
 def _work(planned: PlannedCell) -> float:
     """Run one cell to its record; seconds that it took."""
-    assert _worker is not None
+    if isinstance(_shared, Exception):
+        raise _shared
+    assert _shared is not None
     start = time.perf_counter()
     try:
-        _worker.store.put(*cells.run_cell(planned, _worker.bench, lambda *_: None))
+        _shared.store.put(*cells.run_cell(planned, _shared.bench, lambda *_: None))
     except SystemExit:
         os._exit(1)  # the pool would take the exception for the task's result and hand out the next one
     return time.perf_counter() - start

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.cells import pool
 from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store
 from benchmarks.run import main
@@ -270,3 +273,30 @@ def test_ctrl_c_stops_all_processes_and_records_nothing_false(bench, tmp_path, c
     printed = capfd.readouterr()
     assert "interrupted; the same command goes on" in printed.out
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_ends_the_command(
+    bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pool starts such a worker again and again: the command would wait for ever.
+    monkeypatch.setattr(pool, "_write_shared", lambda shared: tmp_path / "nothing.pickle")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pickle"):
+        bench("--methods", "lora", "--jobs", "2")
+
+
+@pytest.mark.slow
+def test_workers_start_side_by_side(bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    # What does not fit a pipe's buffer (64 KiB) makes each start wait until the worker before it has imported torch.
+    sizes, real = [], pool.ProcessPool
+
+    def measured(*arguments: Any, initargs: tuple[Any, ...], **options: Any) -> Any:
+        sizes.append(len(pickle.dumps(initargs)))
+        return real(*arguments, initargs=initargs, **options)
+
+    monkeypatch.setattr(pool, "ProcessPool", measured)
+    before = set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle"))
+    assert bench("--methods", "lora", "--jobs", "2") == 0
+    assert sizes
+    assert max(sizes) < 4096
+    assert set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle")) == before
