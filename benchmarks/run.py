@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from benchmarks.backbones.load import BackboneSource
     from benchmarks.cells.cell import Bench
+    from benchmarks.cells.pool import Workers
     from benchmarks.plan.part import Part, Rerun
     from benchmarks.plan.study import Study
     from benchmarks.plan.tuning import Tuned
@@ -96,10 +97,13 @@ def _run(options: Options, console: Console, command: str) -> int:
     if in_the_way is not None:
         raise UsageError(f"--results {root}: {in_the_way} is a file; give a folder")
     with library_messages(root):
-        return _resolve(options, suite, root, console, command).execute()
+        from benchmarks.cells.pool import Workers
+
+        with Workers(cells_at_once(options, 1), root) as workers:
+            return _resolve(options, suite, root, console, command, workers).execute()
 
 
-def _resolve(options: Options, suite: Suite, root: Path, console: Console, command: str) -> _Command:
+def _resolve(options: Options, suite: Suite, root: Path, console: Console, command: str, workers: Workers) -> _Command:
     from benchmarks.backbones.device import resolve_device
     from benchmarks.backbones.load import find_backbone
     from benchmarks.instruments.processor import prepare_device
@@ -110,7 +114,7 @@ def _resolve(options: Options, suite: Suite, root: Path, console: Console, comma
     prepare_device(device)
     store = Store(root)
     study = resolve_study(options, suite, source, device.type, store)
-    return _Command(options, study, source, device, store, console, command)
+    return _Command(options, study, source, device, store, console, command, workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,7 @@ class _Command:
         store: of the reported cells.
         console: for messages.
         command: as it was typed.
+        workers: run cells side by side.
         benches: what cells share, by what they are scored on; made when first needed.
     """
 
@@ -135,6 +140,7 @@ class _Command:
     store: Store
     console: Console
     command: str
+    workers: Workers
     benches: dict[str, Bench] = field(default_factory=dict)
 
     def execute(self) -> int:
@@ -203,7 +209,7 @@ class _Command:
             self.benches[scored_on],
             part.store,
             self.console,
-            jobs=cells_at_once(self.options, 1),
+            self.workers,
             later=later,
         )
 

@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from pebble import ProcessExpired, ProcessPool
@@ -38,13 +39,52 @@ from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store
 
 
+class Workers:
+    """Processes that run cells side by side, from the first round of a command to its last: a start takes many seconds.
+
+    A context, whose end stops them. Inside, Ctrl-C leaves the cells that ran without a record: they were neither
+    finished nor did they fail.
+
+    Args:
+        jobs: cells at once; with one there are no workers.
+        root: the results folder; what libraries say in a worker goes to a file there.
+    """
+
+    def __init__(self, jobs: int, root: Path) -> None:
+        self.jobs, self._root = jobs, root
+        self._pool: ProcessPool | None = None
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.stop()  # type: ignore[no-untyped-call]
+            self._pool.join()
+            self._pool = None
+
+    def schedule(self, waiting: Sequence[PlannedCell], shared: Path) -> dict[Future[float], PlannedCell]:
+        """Hand out cells, with what they share in a file; the seconds that each will have taken."""
+        size = min(self.jobs, len(waiting))
+        if size > self._size:
+            self.__exit__()
+            self._size = size
+            # A process forked from one that runs torch's threads, or has CUDA open, would hang or fail.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(size, initializer=_enter, initargs=(self._root,), context=context)
+        assert self._pool is not None
+        with _ctrl_c_later():
+            return {self._pool.schedule(_work, args=[planned, shared]): planned for planned in waiting}
+
+
 def run_cells(
     waiting: Sequence[PlannedCell],
     bench: Bench,
     store: Store,
     console: Console,
+    workers: Workers,
     *,
-    jobs: int = 1,
     later: Iterable[Work] = (),
 ) -> bool:
     """Run cells and print a line for each; False if the user stopped it.
@@ -54,12 +94,12 @@ def run_cells(
         bench: what they share.
         store: gets their records.
         console: for the lines.
-        jobs: cells at once.
+        workers: run them, unless there is one cell at once.
         later: what the command will run after them; the time left counts it.
     """
-    forecast = Forecast([*map(work_of, waiting), *later], jobs)
-    if jobs > 1:
-        _run_beside(waiting, dataclasses.replace(bench, timed=False), store, console, forecast, jobs)
+    forecast = Forecast([*map(work_of, waiting), *later], workers.jobs)
+    if workers.jobs > 1:
+        _run_beside(waiting, dataclasses.replace(bench, timed=False), store, console, forecast, workers)
         return True
     for number, planned in enumerate(waiting, start=1):
         title = f"[{number}/{len(waiting)}] {planned.title}"
@@ -114,29 +154,23 @@ def _progress(title: str, planned: PlannedCell, console: Console, forecast: Fore
 
 
 def _run_beside(
-    waiting: Sequence[PlannedCell], bench: Bench, store: Store, console: Console, forecast: Forecast, jobs: int
+    waiting: Sequence[PlannedCell],
+    bench: Bench,
+    store: Store,
+    console: Console,
+    forecast: Forecast,
+    workers: Workers,
 ) -> None:
-    """Run cells in worker processes, at most `jobs` at once.
+    """Run cells in worker processes, at most `Workers.jobs` at once.
 
     Raises:
         KeyboardInterrupt: the user stopped it.
     """
     before = {planned.cell.id: store.find(planned.cell) for planned in waiting}
     # As many threads as the user gave this process, dealt out: with more, the workers only get in each other's way.
-    threads = max(1, torch.get_num_threads() // jobs)
-    shared = _write_shared(_Shared(bench, store, threads))
-    # A process forked from one that runs torch's threads, or has CUDA open, would hang or fail.
-    pool = ProcessPool(
-        min(jobs, len(waiting)),
-        initializer=_enter,
-        initargs=(shared, store.root),
-        context=multiprocessing.get_context("spawn"),
-    )
+    shared = _write_shared(_Shared(bench, store, max(1, torch.get_num_threads() // workers.jobs)))
     try:
-        with _ctrl_c_later():
-            futures: dict[Future[float], PlannedCell] = {
-                pool.schedule(_work, args=[planned]): planned for planned in waiting
-            }
+        futures = workers.schedule(waiting, shared)
         for number, future in enumerate(as_completed(futures), start=1):
             planned, seconds = futures[future], _outcome(future)
             record = store.find(planned.cell)
@@ -147,10 +181,7 @@ def _run_beside(
             forecast.note(planned, took or 0.0)
             console.print(_line(f"[{number}/{len(waiting)}] {planned.title}", record, took, forecast))
     finally:
-        # After Ctrl-C the cells that ran have no record: they were neither finished nor did they fail.
-        pool.stop()  # type: ignore[no-untyped-call]
-        pool.join()
-        shared.unlink(missing_ok=True)
+        shared.unlink()
 
 
 def _outcome(future: Future[float]) -> float | ProcessExpired:
@@ -193,7 +224,7 @@ def _ctrl_c_later() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """What a worker process needs for every cell."""
+    """What a worker needs for the cells of a round."""
 
     bench: Bench
     store: Store
@@ -211,21 +242,15 @@ def _write_shared(shared: _Shared) -> Path:
     return Path(file.name)
 
 
-_shared: _Shared | Exception | None = None
-
-
-def _enter(path: Path, root: Path) -> None:
-    """What a worker does once. A pool starts a worker that raises here again and again: `_work` raises it instead."""
-    global _shared  # noqa: PLW0603 - a process of its own
+def _enter(root: Path) -> None:
+    """What a worker does once. Nothing here may fail: a pool starts a worker that does again and again."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that half-written files are removed
     send_messages(root)
-    try:
-        _shared = _read_shared(path)
-    except Exception as error:
-        _shared = error
 
 
+@lru_cache(maxsize=1)
 def _read_shared(path: Path) -> _Shared:
+    """What the cells of a round share, made ready once in every worker."""
     import transformers
 
     shared = cast(_Shared, pickle.loads(path.read_bytes()))  # noqa: S301 - written by the process that started this one
@@ -236,14 +261,12 @@ def _read_shared(path: Path) -> _Shared:
     return shared
 
 
-def _work(planned: PlannedCell) -> float:
+def _work(planned: PlannedCell, path: Path) -> float:
     """Run one cell to its record; seconds that it took."""
-    if isinstance(_shared, Exception):
-        raise _shared
-    assert _shared is not None
+    shared = _read_shared(path)
     start = time.perf_counter()
     try:
-        _shared.store.put(*cells.run_cell(planned, _shared.bench, lambda *_: None))
+        shared.store.put(*cells.run_cell(planned, shared.bench, lambda *_: None))
     except SystemExit:
         os._exit(1)  # the pool would take the exception for the task's result and hand out the next one
     return time.perf_counter() - start

@@ -276,27 +276,32 @@ def test_ctrl_c_stops_all_processes_and_records_nothing_false(bench, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_start_ends_the_command(
+def test_a_worker_that_cannot_begin_ends_the_command(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A pool starts such a worker again and again: the command would wait for ever.
-    monkeypatch.setattr(pool, "_write_shared", lambda shared: tmp_path / "nothing.pickle")
-    with pytest.raises(FileNotFoundError, match=r"nothing\.pickle"):
+    # A pool starts a worker that fails at its start again and again: the command would wait for ever.
+    damaged = tmp_path / "damaged.pickle"
+    damaged.write_bytes(b"no pickle")
+    monkeypatch.setattr(pool, "_write_shared", lambda shared: damaged)
+    with pytest.raises(pickle.UnpicklingError):
         bench("--methods", "lora", "--jobs", "2")
 
 
 @pytest.mark.slow
-def test_workers_start_side_by_side(bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    # What does not fit a pipe's buffer (64 KiB) makes each start wait until the worker before it has imported torch.
-    sizes, real = [], pool.ProcessPool
+def test_workers_start_side_by_side_and_stay_for_all_rounds(
+    bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    real = pool.ProcessPool
 
-    def measured(*arguments: Any, initargs: tuple[Any, ...], **options: Any) -> Any:
-        sizes.append(len(pickle.dumps(initargs)))
-        return real(*arguments, initargs=initargs, **options)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        started.append(options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(pool, "ProcessPool", measured)
+    monkeypatch.setattr(pool, "ProcessPool", noted)
     before = set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle"))
-    assert bench("--methods", "lora", "--jobs", "2") == 0
-    assert sizes
-    assert max(sizes) < 4096
+    assert bench("--methods", "lora", "--tune", "1e-3,3e-3", "--jobs", "2") == 0
+    # What does not fit a pipe's buffer (64 KiB) makes a start wait until the worker before has imported torch.
+    assert [len(pickle.dumps(options["initargs"])) < 4096 for options in started] == [True]
+    assert len(records(Path("results/tuning"))) == 2
     assert set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle")) == before
