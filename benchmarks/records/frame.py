@@ -1,4 +1,4 @@
-"""A results folder as one long pandas frame: ``Results.load("results/glue-8-tasks").frame()``.
+"""A results folder as one long pandas frame: ``Results.load("results/glue").frame()``.
 
 One row holds one number: a metric of a run, of one of its tasks, or of one of its training steps. The facts of the run
 stand in every row, so that a table is a filter and a pivot. Every table of the report is a view of this frame.

@@ -29,10 +29,10 @@ def test_a_command_without_training_runs(line: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("page"))
     (tmp_path / "results/tables/claims.md").unlink()
-    shutil.rmtree(tmp_path / "results/glue-8-tasks/tables")
+    shutil.rmtree(tmp_path / "results/glue/tables")
     monkeypatch.setattr("sys.argv", [module, *words])
     assert importlib.import_module(module).main() in (0, None)
-    written = "tables/claims.md" if module == "benchmarks.claims" else "glue-8-tasks/tables/scores.md"
+    written = "tables/claims.md" if module == "benchmarks.claims" else "glue/tables/scores.md"
     assert (tmp_path / "results" / written).read_text() == (ROOT / "results" / written).read_text()
 
 

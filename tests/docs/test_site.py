@@ -43,7 +43,7 @@ def test_a_method_s_page_shows_every_hyper_parameter(site: Path, name: str) -> N
 
 def test_a_method_s_page_shows_what_the_runs_found(site: Path) -> None:
     """The numbers of the committed tables, not others."""
-    scores = pd.read_csv(ROOT / "results/glue-8-tasks/tables/scores.csv", comment="#")
+    scores = pd.read_csv(ROOT / "results/glue/tables/scores.csv", comment="#")
     (mean,) = scores[(scores["method"] == "ept") & (scores["metric"] == "mean")]["mean"]
     page = (site / "methods" / "ept.html").read_text()
     assert f"{100 * mean:.1f} ±" in page.partition('id="what-our-runs-found"')[2]
