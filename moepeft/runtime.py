@@ -223,7 +223,8 @@ class Runtime:
         last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
         last.masks, last.prepared = {}, {}
         for site, counts in last.counted.items():
-            self.tallies[site] = self.tallies[site] + counts if site in self.tallies else counts
+            before = self.tallies.get(site)  # on another device, if the model was moved since
+            self.tallies[site] = counts if before is None else before.to(counts.device) + counts
         last.counted = {}
         last.scopes = [last.scopes[0].past_the_call()]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .errors import NotMergeable
+
 
 class Weight:
     """A tensor of floating-point numbers, which changes in place: whoever holds the tensor sees the change."""
@@ -55,8 +57,18 @@ class _Quantised(Weight):
         return self._layer.weight, state
 
     def restore(self, kept: Any) -> None:
-        """The parameter takes its place again."""
-        self._layer.weight, state = kept
+        """The parameter takes its place again.
+
+        Raises:
+            NotMergeable: the model was moved since: a quantised weight does not follow.
+        """
+        weight, state = kept
+        if weight.device != self._layer.weight.device:
+            raise NotMergeable(
+                f"the model was merged on {weight.device} and is on {self._layer.weight.device} now: move it back, "
+                "unmerge() there, and move it then"
+            )
+        self._layer.weight = weight
         self._layer.__dict__.update(state)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -210,7 +211,11 @@ def estimate_row_error(row: MethodScores) -> float:
 
 
 def _metric_notes(frame: pd.DataFrame) -> list[str]:
-    """What the metrics had to say, once per method, with the tasks it was said of."""
+    """What the metrics had to say, once for all methods that it was said of on the same tasks."""
     scores = select_scores(select_finished(frame)).dropna(subset="note")
     by_note = scores.assign(note=scores["note"].str.rstrip(".")).groupby(["label", "note"], sort=False)["task"]
-    return [f"{label}: {note} ({', '.join(tasks.unique())})." for (label, note), tasks in by_note]
+    labels: dict[tuple[str, str], list[str]] = {}
+    for key, tasks in by_note:
+        label, note = map(str, cast("tuple[str, str]", key))
+        labels.setdefault((note, ", ".join(tasks.unique())), []).append(label)
+    return [f"{', '.join(of)}: {note} ({tasks})." for (note, tasks), of in labels.items()]

@@ -52,8 +52,7 @@ class Config(Protocol):
     def definition(self) -> Definition: ...
 
 
-@runtime_checkable
-class Site(Protocol):
+class Site(nn.Module):
     """What matters of an adapter."""
 
     in_features: int
@@ -61,17 +60,18 @@ class Site(Protocol):
     task_embedding: nn.Parameter
     gate: nn.Linear
 
-    @property
-    def config(self) -> Config: ...
+    def choose(self, logits: Tensor) -> Tensor:
+        """Gates over the experts."""
+        raise NotImplementedError
 
-    def choose(self, logits: Tensor) -> Tensor: ...
+    def pyramid(self) -> Pyramid:
+        """The operator's parts."""
+        raise NotImplementedError
 
-    def pyramid(self) -> Pyramid: ...
 
-
-def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None) -> Sequence[Prepared]:
+def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None, config: Config) -> Sequence[Prepared]:
     """What the sites find: gates if tasks route, and factors and kernels for the definition that has a fast path."""
-    config, by_task = sites[0].config, sites[0].config.routing == "task"
+    by_task = config.routing == "task"
     if by_task and (task_sets is None or task_sets.shape[1] != 1):
         return ()
     prepared = [Prepared() for _ in sites]

@@ -51,7 +51,7 @@ from moepeft.methods._contrastive import (
     summarise,
 )
 from moepeft.methods._fast import ept as _fast
-from moepeft.methods._prepared import Prepared, prepare_sites
+from moepeft.methods._prepared import Prepared, Site, prepare_sites
 from moepeft.methods._pyramid import Definition, Once, Pyramid, Ready, add_experts
 from moepeft.methods._released import ept as _released
 from moepeft.methods._task_gates import Gates, expert_gates
@@ -219,7 +219,7 @@ class EPT(MethodConfig):
 
     def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Prepared]:
         """Gates of the call's rows, and for the fast path what the experts' parameters become."""
-        return prepare_sites([each for each in adapters if isinstance(each, EPTAdapter)], task_sets)
+        return prepare_sites([each for each in adapters if isinstance(each, EPTAdapter)], task_sets, self)
 
     def aux_loss(self, name: str, terms: Sequence[ContrastiveTerm]) -> Tensor:
         """Coefficient times the mean over sites."""
@@ -258,7 +258,7 @@ PUBLISHED = Definition(lambda s, out_features: (s, s), add_pyramid, _fast.make_r
 # ---------------------------------------------------------------------- adapter
 
 
-class EPTAdapter(nn.Module):
+class EPTAdapter(Site):
     """Seed A (r, in // s_min), B (out // s_min, r); per scale its experts' kernels (experts, *kernel_shape)."""
 
     def __init__(self, site: LinearSite, config: EPT) -> None:
@@ -303,12 +303,12 @@ class EPTAdapter(nn.Module):
         """The frozen layer's output plus the chosen experts' updates."""
         wants_loss, rows = self.training and self.gives_term, x.shape[0]
         tasks = ctx.tasks(rows) if self.config.routing == "task" or wants_loss else None
-        made: Prepared = ctx.prepared or prepare_sites([self], None if tasks is None else tasks.unsqueeze(1))[0]
+        task_sets = None if tasks is None else tasks.unsqueeze(1)
+        made: Prepared = ctx.prepared or prepare_sites([self], task_sets, self.config)[0]
         gates, ready = (self.route(x), made.ready) if made.gates is None else made.spread(rows, ctx)
         if tasks is not None and wants_loss:
-            summary = summarise(x, ctx, self.config.anchor)
             table = self.task_embedding.clone() if made.table is None else made.table
-            record_contrastive(ctx, summary, table, tasks)
+            record_contrastive(ctx, summarise(x, ctx, self.config.anchor), table, tasks)
         ctx.stat("gates", gates)
         return self.add_update(base(x), self.dropout(x), gates, ctx.of_input, ready)
 

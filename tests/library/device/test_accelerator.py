@@ -47,7 +47,8 @@ def compute(model: nn.Module, adapters: moepeft.Attachment, device: torch.device
     model.zero_grad(set_to_none=True)
     made = output(model, inputs, task_ids=TASK_IDS.to(device))
     (made.float().square().mean() + adapters.aux_loss()).backward()
-    return made.detach().cpu(), [p.grad.cpu() for p in adapters.parameters() if p.grad is not None]
+    # Copies: a gradient moves along with its parameter.
+    return made.detach().cpu(), [p.grad.cpu().clone() for p in adapters.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("host", ["bert", "llama"])

@@ -106,6 +106,16 @@ class Walk:
         with self.adapters.route(task_ids=self.ids):
             self.model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
+    def move(self) -> None:
+        """A training forward on the host, and the step after the model has come back to the device."""
+        self.model.to("cpu").train()
+        inputs = {name: value.cpu() for name, value in self.inputs.items()}
+        with moepeft.fast_paths(False):  # some would ask on the host for values, which nothing has here
+            self.model(**inputs, task_ids=self.ids.cpu())
+        self.model.to("cuda")
+        self.adapters.after_step()
+        self.step()
+
     def detach(self) -> None:
         self.adapters.detach()
 
@@ -122,7 +132,7 @@ class Walk:
             phases["merge"] = self.merge
         if "labels" in self.inputs:
             phases["generate"] = self.generate
-        return {**phases, "detach": self.detach}
+        return {**phases, "move": self.move, "detach": self.detach}
 
 
 def follow(walk: Walk, device: Device) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moepeft
 from moepeft import LoRA
 from moepeft.errors import NotMergeable
+from moepeft.weights import EightBit
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:.*rounded again.*", "ignore:.*rounding errors.*")
@@ -82,6 +83,14 @@ def test_the_merged_weights_are_those_of_peft(model: nn.Module) -> None:
         ours, packed = (each.get_submodule(name).weight.data.view(torch.uint8) for each in (model, whole))
         assert torch.equal(ours, packed)
         assert torch.equal(numbers(model.get_submodule(name)), numbers(whole.get_submodule(name)))
+
+
+def test_a_quantised_weight_does_not_follow_a_model_that_was_moved() -> None:
+    layer = eight_bit()
+    kept = EightBit(layer).keep()
+    layer.weight = nn.Parameter(torch.empty(WIDTH, WIDTH, device="meta"), requires_grad=False)
+    with pytest.raises(NotMergeable, match="merged on cpu and is on meta now: move it back"):
+        EightBit(layer).restore(kept)
 
 
 @torch.no_grad()
