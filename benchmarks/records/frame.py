@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel
 
+from benchmarks.records.analysis import read_analysis
 from benchmarks.records.comparable import Group, find_row, group_records
 from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import RecordError, Store
@@ -85,6 +86,15 @@ class Results:
                 f"there are no records under {Store(root).records_folder}; run `python -m benchmarks.run` first"
             )
         return cls(records, tuple(trial_store(root).all()), root)
+
+    @property
+    def looks(self) -> int:
+        """How often these runs are looked at, as the folder's `analysis.toml` declares; one unless it says otherwise.
+
+        Raises:
+            RecordError: the file says something else, or no whole number.
+        """
+        return 1 if self.folder is None else read_analysis(self.folder).looks
 
     def groups(self) -> list[Group]:
         """The records by what may stand in one table, with their labels."""

@@ -164,7 +164,7 @@ def _draw(drawing: Callable[[], Figure], header: str) -> bytes:
 
 def _tables(group: Group, frame: pd.DataFrame, results: Results, reference: str | None) -> list[Table]:
     name, band = reference or choose_reference(frame, group.protocol.reference), group.protocol.equivalence_band / 100
-    endpoint = Endpoint.of(group.protocol)
+    endpoint = Endpoint.of(group.protocol, results)
     return make_tables(frame, lambda: results.outcomes(group.key), name, band, endpoint)
 
 

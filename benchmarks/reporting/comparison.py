@@ -25,7 +25,7 @@ from benchmarks.reporting.views import (
     select_finished,
     select_reported,
 )
-from benchmarks.statistics.intervals import EQUIVALENCE_BAND, Difference, verdict
+from benchmarks.statistics.intervals import EQUIVALENCE_BAND, Difference, level_at_each_of, verdict
 from benchmarks.statistics.paired import PairedTask, metric_value, paired_difference
 
 AT_EDGE = "at the edge of its grid"
@@ -133,7 +133,7 @@ class _Pairs:
     """Finds the predictions of runs of the same seed."""
 
     def __init__(self, frame: pd.DataFrame, outcomes: pd.DataFrame, base: str, endpoint: Endpoint) -> None:
-        self.base = base
+        self.base, self.looks = base, endpoint.looks
         self.averaged = {
             row.label: [task for task in row.averaged if task in endpoint.tasks or not endpoint.tasks]
             for row in average_scores(frame)
@@ -157,7 +157,7 @@ class _Pairs:
         if not seeds or not tasks:
             return None
         cells = [own[seed] for seed in seeds], [base[seed] for seed in seeds]
-        return paired_difference([self._pair(task, *cells) for task in tasks]), len(tasks)
+        return paired_difference([self._pair(task, *cells) for task in tasks], looks=self.looks), len(tasks)
 
     def _find_cells(self, label: str) -> dict[int, str]:
         runs = self.runs[self.runs["label"] == label]
@@ -261,6 +261,11 @@ def _notes(band: float, endpoint: Endpoint, left_out: Sequence[str], *, is_singl
         "at the first step of Holm."
     )
     notes = [method, meaning, power]
+    if endpoint.looks > 1:
+        notes.append(
+            f"Looked at {endpoint.looks} times: intervals and p-values hold for all looks together, since each "
+            f"decides at {100 * level_at_each_of(endpoint.looks):.2f} % (Pocock 1977)."
+        )
     if is_single:
         notes.append("With one seed the interval knows the test examples only, not the noise of training: undecided.")
     if left_out:

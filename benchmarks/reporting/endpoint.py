@@ -8,6 +8,7 @@ from typing import Literal
 import pandas as pd
 
 from benchmarks.protocols.protocol import Protocol
+from benchmarks.records.frame import Results
 from benchmarks.reporting.views import select_scores
 
 
@@ -18,15 +19,17 @@ class Endpoint:
     Attributes:
         metric: ``skill``, or ``metric`` for the first one of every task.
         tasks: that the mean is over; empty: all.
+        looks: how often the runs of the folder are looked at.
     """
 
     metric: Literal["metric", "skill"]
     tasks: tuple[str, ...] = ()
+    looks: int = 1
 
     @classmethod
-    def of(cls, protocol: Protocol) -> Endpoint:
+    def of(cls, protocol: Protocol, results: Results) -> Endpoint:
         """The declared one."""
-        return cls(protocol.endpoint, protocol.endpoint_tasks)
+        return cls(protocol.endpoint, protocol.endpoint_tasks, results.looks)
 
     def select(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of a long frame that the mean is over, one per run and task."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,32 @@ EQUIVALENCE_BAND = 0.005
 """Differences of half a point either way count as none, unless a protocol declares another band."""
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+MOST_LOOKS = 5
+
+
+@lru_cache(maxsize=MOST_LOOKS)
+def level_at_each_of(looks: int) -> float:
+    """The level at which each of several looks decides, so that all of them together err in 5 % of cases.
+
+    A look is a test on all rows so far; the groups of rows that come between looks are equally large (Pocock 1977,
+    Biometrika 64, 191-199).
+
+    Raises:
+        ValueError: there are less looks than one, or more than `MOST_LOOKS`.
+    """
+    if not 1 <= looks <= MOST_LOOKS:
+        raise ValueError(f"looks = {looks}: wanted a whole number from 1 to {MOST_LOOKS}")
+    if looks == 1:
+        return 1 - CONFIDENCE
+    number = np.arange(1, looks + 1)
+    correlation = np.sqrt(np.minimum.outer(number, number) / np.maximum.outer(number, number))
+    none_errs = stats.multivariate_normal(cov=correlation, seed=0)
+
+    def excess(bound: float) -> float:
+        limits = np.full(looks, bound)
+        return float(none_errs.cdf(limits, lower_limit=-limits)) - CONFIDENCE
+
+    return float(2 * stats.norm.sf(optimize.brentq(excess, 1.9, 3.0, xtol=1e-5)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +68,20 @@ class Difference:
         example_variance: covariance of the differences of two runs through the choice of test examples. Of a single
             run the variance through that choice.
         seeds: number of runs of each.
+        looks: how often the runs are looked at, the last time included. Interval and p-value hold for all looks
+            together (`level_at_each_of`).
     """
 
     estimate: float
     seed_variance: float
     example_variance: float
     seeds: int
+    looks: int = 1
 
     @property
     def half_width(self) -> float:
         """Half of the 95 % interval. Of a single run it covers the choice of examples only."""
-        return float(self._half_width(1 - CONFIDENCE))
+        return float(self._half_width(level_at_each_of(self.looks)))
 
     @property
     def p_value(self) -> float:
@@ -61,21 +91,23 @@ class Difference:
             return 1.0
         if size >= self._half_width(SMALLEST_P):
             return SMALLEST_P
-        return float(optimize.brentq(lambda level: float(self._half_width(level)) - size, SMALLEST_P, 1.0))
+        level = float(optimize.brentq(lambda level: float(self._half_width(level)) - size, SMALLEST_P, 1.0))
+        return min(1.0, level * (1 - CONFIDENCE) / level_at_each_of(self.looks))
 
     def find_detectable(self, comparisons: int = 1, power: float = POWER) -> float:
         """The smallest true difference that as many runs of this spread would show with probability `power`.
 
         Shown means a p-value below 5 % / `comparisons`, the level at which Holm's procedure begins. Without
         `example_variance` it is the power of Student's t test (Cohen 1988, chapter 2). The spread counts as known: of
-        three runs the measured one may be half the true one, or six times as large. NaN of a single run.
+        three runs the measured one may be half the true one, or six times as large. NaN of a single run. What an
+        earlier look may have shown counts for nothing.
         """
         if self.seeds < 2:
             return float("nan")
         degrees = self.seeds - 1
         # What the runs' variance may be measured as, in shares of the true one, all equally likely.
         measured = stats.chi2.ppf((np.arange(QUADRATURE) + 0.5) / QUADRATURE, degrees) / degrees
-        limits = self._half_width((1 - CONFIDENCE) / comparisons, measured)
+        limits = self._half_width(level_at_each_of(self.looks) / comparisons, measured)
         error = np.sqrt(self.seed_variance / self.seeds + self.example_variance)
         if error == 0:
             return 0.0

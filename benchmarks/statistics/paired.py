@@ -66,8 +66,10 @@ class Statistic:
     value: Callable[[Floats], Floats]
 
 
-def paired_difference(tasks: Sequence[PairedTask], *, replicates: int = REPLICATES, seed: int = 0) -> Difference:
-    """Difference of the mean over `tasks`, with its variances by runs and by examples."""
+def paired_difference(
+    tasks: Sequence[PairedTask], *, looks: int = 1, replicates: int = REPLICATES, seed: int = 0
+) -> Difference:
+    """Difference of the mean over `tasks`, with its variances by runs and examples; `looks` is `Difference.looks`."""
     if len({len(task.method) for task in tasks}) != 1:
         raise ValueError(f"expected the same number of seeds in every task, got {[len(task.method) for task in tasks]}")
     observed = np.array([_differences(task, np.ones((1, len(task.labels))))[0] for task in tasks])
@@ -82,6 +84,7 @@ def paired_difference(tasks: Sequence[PairedTask], *, replicates: int = REPLICAT
         seed_variance=float(per_seed.var(ddof=1)) if len(per_seed) > 1 else float("nan"),
         example_variance=_find_common(np.asarray(covariances)) / len(tasks) ** 2,
         seeds=len(per_seed),
+        looks=looks,
     )
 
 

@@ -68,8 +68,8 @@ class SuiteClaim(_Claim):
         return Found(f"no committed runs of {self.method} and {self.than} under one protocol")
 
     def _compare(self, study: Study) -> Found | None:
-        outcomes = Results.load(study.folder).outcomes(study.group.key)
-        endpoint = Endpoint.of(study.group.protocol)
+        results = Results.load(study.folder)
+        outcomes, endpoint = results.outcomes(study.group.key), Endpoint.of(study.group.protocol, results)
         difference = compare_pair(study.frame, outcomes, self.method, self.than, endpoint)
         if difference is None:
             return None

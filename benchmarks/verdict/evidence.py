@@ -232,7 +232,7 @@ def _load_studies(folder: Path) -> list[Study]:
         if reference is not None:
             outcomes = results.outcomes(group.key)
             band = protocol.equivalence_band / 100
-            table = comparison_table(own, outcomes, reference, band, Endpoint.of(protocol))
+            table = comparison_table(own, outcomes, reference, band, Endpoint.of(protocol, results))
         studies.append(Study(folder, group, own, None if table is None else table.data, reference))
     return studies
 

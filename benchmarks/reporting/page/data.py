@@ -51,7 +51,7 @@ def gather_suites(folders: Sequence[Path]) -> list[dict[str, Any]]:
                     "reference": group.protocol.reference,
                     "rows": describe_rows(own),
                     "curves": average_curves(own),
-                    "pairs": compare_pairs(own, results.outcomes(group.key), Endpoint.of(group.protocol)),
+                    "pairs": compare_pairs(own, results.outcomes(group.key), Endpoint.of(group.protocol, results)),
                     "routing": [one for record in group.records if (one := average_routing(record))],
                 }
             )

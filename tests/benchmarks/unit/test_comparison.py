@@ -10,8 +10,10 @@ from benchmarks.records.schema import Tuning
 from benchmarks.records.store import RecordError
 from benchmarks.reporting.changes import difference_markdown, difference_table
 from benchmarks.reporting.comparison import AT_EDGE, REFERENCE_AT_EDGE, comparison_table
+from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.scores import average_scores
 from benchmarks.reporting.tuning import find_trials
+from benchmarks.statistics.intervals import level_at_each_of
 from tests.support.record_factory import TASKS, make_record
 from tests.support.tables import fill, row_of, with_scores
 
@@ -47,6 +49,34 @@ def test_baselines_are_no_part_of_the_family(filled):
 
 def test_wide_band_makes_equivalents(filled):
     assert set(compare(filled, band=0.9).data["verdict"]) == {"equivalent"}
+
+
+def test_a_folder_that_is_looked_at_twice_decides_by_a_stricter_level(tmp_path):
+    fill(tmp_path)
+    once = compare_folder(tmp_path)
+    (tmp_path / "analysis.toml").write_text("looks = 2\n")
+    twice = compare_folder(tmp_path)
+    ratio = twice.data["p_value"] / once.data["p_value"]
+    assert ratio[once.data["p_value"] > 1e-11].tolist() == pytest.approx(
+        [0.05 / level_at_each_of(2)] * ratio.notna().sum()
+    )
+    assert (twice.data["half_width"] > once.data["half_width"]).all()
+    assert any("Looked at 2 times" in note for note in twice.notes)
+    assert not any("Looked at" in note for note in once.notes)
+
+
+@pytest.mark.parametrize("text", ["looks = 0", "looks = 1.5", "look = 2", "looks 2"])
+def test_an_analysis_that_declares_something_else_is_refused(tmp_path, text):
+    fill(tmp_path)
+    (tmp_path / "analysis.toml").write_text(text)
+    with pytest.raises(RecordError, match=r"analysis\.toml is no declaration"):
+        compare_folder(tmp_path)
+
+
+def compare_folder(root):
+    results = Results.load(root)
+    (group,) = results.groups()
+    return compare(results, endpoint=Endpoint.of(group.protocol, results))
 
 
 def test_no_comparison_without_the_reference(filled):

@@ -31,7 +31,7 @@ def test_every_committed_table_is_a_view_of_the_frame(committed):
     (group,) = results.groups()
     protocol = group.protocol
     band = protocol.equivalence_band / 100
-    tables = make_tables(frame, results.outcomes, protocol.reference, band, Endpoint.of(protocol))
+    tables = make_tables(frame, results.outcomes, protocol.reference, band, Endpoint.of(protocol, results))
     assert {table.name for table in tables} == {path.stem for path in (folder / "tables").glob("*.csv")}
     for table in tables:
         written = (folder / "tables" / f"{table.name}.csv").read_text().partition("\n")[2]

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
 from statsmodels.stats.power import TTestPower
 
-from benchmarks.statistics.intervals import Difference, mean_interval, standard_error, verdict
+from benchmarks.statistics.intervals import Difference, level_at_each_of, mean_interval, standard_error, verdict
 from benchmarks.statistics.paired import STATISTICS, PairedTask, metric_value, paired_difference
 from benchmarks.statistics.ranks import rank_methods
 
@@ -137,6 +137,43 @@ def test_what_is_detectable_is_found_four_times_of_five(seeds, of_runs, of_examp
         gaps = size + generator.normal(0, math.sqrt(of_runs), seeds) + generator.normal(0, math.sqrt(of_examples))
         shown += Difference(gaps.mean(), gaps.var(ddof=1), of_examples, seeds).p_value < 0.05
     assert shown / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+# Jennison and Turnbull (2000), Group Sequential Methods, table 2.1: Pocock's constants at 5 %, two-sided.
+@pytest.mark.parametrize(("looks", "bound"), [(1, 1.960), (2, 2.178), (3, 2.289), (4, 2.361), (5, 2.413)])
+def test_level_at_each_look_is_pococks(looks, bound):
+    assert scipy_stats.norm.isf(level_at_each_of(looks) / 2) == pytest.approx(bound, abs=1e-3)
+
+
+@pytest.mark.parametrize("looks", [0, 6])
+def test_looks_out_of_range_are_refused(looks):
+    with pytest.raises(ValueError, match="wanted a whole number from 1 to 5"):
+        level_at_each_of(looks)
+
+
+def test_interval_and_p_value_hold_for_all_looks_together():
+    once, twice = (Difference(0.02, 0.02**2, 0.01**2, seeds=5, looks=looks) for looks in (1, 2))
+    assert twice.half_width > once.half_width
+    assert twice.p_value == pytest.approx(once.p_value * 0.05 / level_at_each_of(2))
+    # Where the interval just reaches zero, the p-value is 5 %.
+    edge = Difference(twice.half_width, 0.02**2, 0.01**2, seeds=5, looks=2)
+    assert edge.p_value == pytest.approx(0.05, rel=1e-6)
+
+
+# What the choice of examples does is the same at both looks: there is less than two chances to err by it.
+@pytest.mark.slow
+@pytest.mark.parametrize(("of_examples", "least", "most"), [(0.0, 0.043, 0.06), (0.01, 0.02, 0.05)])
+def test_two_looks_err_in_one_case_of_twenty(of_examples, least, most):
+    generator, erred = np.random.default_rng(0), 0
+    for _ in range(4000):
+        gaps = generator.normal(0, 0.02, 10) + generator.normal(0, of_examples)
+        for seeds in (5, 10):
+            seen = gaps[:seeds]
+            looked = Difference(seen.mean(), seen.var(ddof=1), of_examples**2, seeds, looks=2)
+            if looked.p_value < 0.05:
+                erred += 1
+                break
+    assert least < erred / 4000 < most
 
 
 # ---------------------------------------------------------------------- ranks
