@@ -6,7 +6,9 @@ A finished cell (method x seed) is never computed again; a failing one becomes a
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     stderr = Console(file=sys.stderr, highlight=False, markup=False, soft_wrap=True)
     try:
-        with _as_usage_errors():
+        with _as_usage_errors(), _ended_as_by_ctrl_c():
             return _run(options, console, " ".join([COMMAND, *words]))
     except UsageError as error:
         stderr.print(f"error: {error}")
@@ -61,6 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where this one stopped")
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM ends the command as Ctrl-C does, its workers too: schedulers and `timeout` send it."""
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

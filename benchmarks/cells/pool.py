@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
@@ -245,7 +246,16 @@ def _write_shared(shared: _Shared) -> Path:
 def _enter(root: Path) -> None:
     """What a worker does once. Nothing here may fail: a pool starts a worker that does again and again."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that half-written files are removed
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     send_messages(root)
+
+
+def _end_with_the_command() -> None:
+    """End this process when the one that started it is gone: nobody would stop a worker whose command was killed."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)

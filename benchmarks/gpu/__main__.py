@@ -1,7 +1,8 @@
 """What a machine with a GPU is to do, in calls of some minutes each: ``python -m benchmarks.gpu``.
 
-The stages are tests, speed tables at the shapes of T5-base and LLaMA-2-7B, and the study. Each is a command of its own.
-A call runs what is not done until its time is over; the same command goes on from there. No stage asks the network.
+The stages are tests, speed tables at the shapes of T5-base and LLaMA-2-7B, and the studies on GLUE and on commonsense
+questions. Each is a command of its own. A call runs what is not done until its time is over; the same command goes on
+from there. No stage asks the network.
 """
 
 from __future__ import annotations

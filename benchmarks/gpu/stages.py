@@ -11,9 +11,9 @@ TESTS = Path("tests/library/device/test_accelerator.py")
 SHAPES = ("t5-base", "llama-2-7b")
 # Compiling all 32 layers of three contestants takes longer than a call.
 COMPILED_LAYERS = {"llama-2-7b": 8}
-# The rows that docs/study.md declares.
-LADDER = "lora,lora@rank=2,lora@rank=16,lora@rank=40,lora-per-task"
-STUDIED = f"{LADDER},moelora,more,mixlora,tucka,tucka@routing=row,ept"
+# The commands of docs/study.md.
+STUDIED = "lora,lora@rank=40,moelora,more,mixlora,tucka,tucka@routing=row,ept"
+ANSWERED = "lora,moelora,more,mixlora,tucka@routing=row,ept"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
     """
 
     data_dir: Path | None = None
-    """Folder with the study's data as parquet files."""
+    """Folder with the suites' data as parquet files."""
     results: Path | None = None
     """Folder for all that is written; unset: results/gpu, of a rehearsal build/gpu-rehearsal."""
     minutes: float = 9
@@ -32,7 +32,8 @@ class Options:
     stages: tuple[str, ...] = ()
     """Comma-separated stages, by name or by the beginning of names, e.g. tests,speed; unset: all."""
     jobs: int = 8
-    """Cells of the study at once: a step of a small model leaves a GPU idle for most of its time."""
+    """Cells at once: a step of a small model leaves a GPU idle for most of its time. With CUDA's multi-process service
+    (nvidia-cuda-mps-control -d) their kernels run side by side; without, they take turns."""
     rehearse: bool = False
     """The same stages with tiny shapes on the CPU."""
 
@@ -73,8 +74,9 @@ def plan_stages(options: Options) -> list[Stage]:
     return [
         _tests(folder),
         *(_speed(shape, folder / "speed", rehearse=rehearse) for shape in SHAPES),
-        *(_compiled(shape, name, folder, rehearse=rehearse) for shape in SHAPES for name in compiled),
         _study(options),
+        _commonsense(options),
+        *(_compiled(shape, name, folder, rehearse=rehearse) for shape in SHAPES for name in compiled),
     ]
 
 
@@ -103,17 +105,26 @@ def _compiled(shape: str, method: str, folder: Path, *, rehearse: bool) -> Stage
 
 
 def _study(options: Options) -> Stage:
-    folder = options.folder / "study"
-    flags = ["--suite", "glue", "--results", str(folder)]
+    tiny = ("--methods", "lora", "--tasks", "q_sst2", "--backbone", "tiny-bert")
+    return _suite(options, "study", "glue", ("--methods", STUDIED, "--seeds", "0,1,2,3,4"), tiny)
+
+
+def _commonsense(options: Options) -> Stage:
+    tiny = ("--methods", "lora", "--tasks", "q_openbookqa", "--backbone", "tiny-llama")
+    full = ("--methods", ANSWERED, "--seeds", "0,1,2")
+    return _suite(options, "commonsense", "commonsense-smollm2", full, tiny)
+
+
+def _suite(options: Options, name: str, suite: str, full: tuple[str, ...], tiny: tuple[str, ...]) -> Stage:
+    folder = options.folder / name
+    flags = ["--suite", suite, "--results", str(folder)]
     if options.rehearse:
-        flags += ["--methods", "lora", "--tasks", "q_sst2", "--backbone", "tiny-bert", "--steps", "2", "--tune", "none"]
-        flags += ["--eval-rows", "8", "--device", "cpu"]
+        flags += [*tiny, "--steps", "2", "--tune", "none", "--eval-rows", "8", "--device", "cpu"]
     else:
-        flags += ["--methods", STUDIED, "--seeds", "0,1,2,3,4", "--data-dir", str(options.data_dir), "--device", "cuda"]
-        # As on a CPU. The steps of a small model are launches, of which autocast makes more.
-        flags += ["--precision", "fp32"]
-    flags += ["--jobs", str(options.jobs)]
-    return Stage("study", ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md", resumes=True)
+        # fp32, as on a CPU. The steps of a small model are launches, of which autocast makes more.
+        flags += [*full, "--data-dir", str(options.data_dir), "--device", "cuda", "--precision", "fp32"]
+        flags += ["--jobs", str(options.jobs)]
+    return Stage(name, ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md", resumes=True)
 
 
 def choose_stages(options: Options) -> list[Stage]:
@@ -131,8 +142,8 @@ def choose_stages(options: Options) -> list[Stage]:
         raise UsageError(f"{TESTS} is not here; run the command from the root of a checkout")
     if options.rehearse:
         return chosen
-    if any(stage.name == "study" for stage in chosen) and not (options.data_dir and options.data_dir.is_dir()):
-        raise UsageError(f"--data-dir {options.data_dir}: the study needs the folder of its data: no stage downloads")
+    if any(stage.resumes for stage in chosen) and not (options.data_dir and options.data_dir.is_dir()):
+        raise UsageError(f"--data-dir {options.data_dir}: a suite needs the folder of its data: no stage downloads")
     from benchmarks.backbones.device import resolve_device
 
     resolve_device("cuda")

@@ -241,8 +241,23 @@ def test_a_process_that_dies_is_a_row_and_the_others_go_on(bench, monkeypatch, c
     assert "| killer" in capsys.readouterr().out
 
 
+def end_by_ctrl_c(command: int) -> None:
+    os.killpg(command, signal.SIGINT)  # as a terminal does it: to every process
+
+
+def end_by_scheduler(command: int) -> None:
+    os.kill(command, signal.SIGTERM)
+
+
+def end_for_want_of_memory(command: int) -> None:
+    os.kill(command, signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_and_records_nothing_false(bench, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("end", "code"), [(end_by_ctrl_c, 130), (end_by_scheduler, 130), (end_for_want_of_memory, -signal.SIGKILL)]
+)
+def test_whatever_ends_the_command_ends_all_processes_and_records_nothing_false(bench, tmp_path, capfd, end, code):
     flags = ["--methods", "lora,ept", "--steps", "100000", "--jobs", "2"]
     command = [
         sys.executable,
@@ -262,8 +277,8 @@ def test_ctrl_c_stops_all_processes_and_records_nothing_false(bench, tmp_path, c
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(1.0)  # both workers are at cells that would take very long
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to every process
-        assert process.wait(timeout=60) == 130
+        end(process.pid)
+        assert process.wait(timeout=60) == code
     assert set(records()) == {"majority/0"}
     assert not list(Path("results").rglob("*.tmp"))
     deadline = time.monotonic() + 30
@@ -271,7 +286,7 @@ def test_ctrl_c_stops_all_processes_and_records_nothing_false(bench, tmp_path, c
         time.sleep(0.1)
     assert alive(process.pid) == []
     printed = capfd.readouterr()
-    assert "interrupted; the same command goes on" in printed.out
+    assert ("interrupted; the same command goes on" in printed.out) == (code == 130)
     assert "Traceback" not in printed.err
 
 

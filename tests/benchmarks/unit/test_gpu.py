@@ -107,11 +107,12 @@ def test_every_stage_is_a_command_that_its_module_understands() -> None:
         stages = plan_stages(Options(rehearse=rehearse, data_dir=Path()))
         assert len({stage.name for stage in stages}) == len({stage.output for stage in stages}) == len(stages)
         first_of_kind = {stage.name.partition("-")[0]: stage for stage in stages}
-        assert list(first_of_kind) == ["tests", "speed", "compiled", "study"]
+        assert list(first_of_kind) == ["tests", "speed", "study", "commonsense", "compiled"]
         assert Path(first_of_kind["tests"].words[-1]).is_file()
         for kind in ("speed", "compiled"):
             check(parse_flags(SpeedOptions, first_of_kind[kind].words[2:], "speed"))
-        resolve_suite(parse_flags(RunOptions, first_of_kind["study"].words[2:], "run"))
+        for kind in ("study", "commonsense"):
+            resolve_suite(parse_flags(RunOptions, first_of_kind[kind].words[2:], "run"))
 
 
 def test_wrong_usage_is_answered_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
