@@ -46,8 +46,9 @@ class Broken(Method):
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return prepare(DATA, PROTOCOL, find_backbone("tiny-bert"), torch.device("cpu"), "test")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    root = tmp_path_factory.mktemp("bench")
+    return prepare(DATA, PROTOCOL, find_backbone("tiny-bert"), torch.device("cpu"), "test", root)
 
 
 def run(method: Method, bench: Bench, **fields: object) -> tuple[RunRecord, bool]:
