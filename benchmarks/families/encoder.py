@@ -14,6 +14,7 @@ from benchmarks.backbones.load import BackboneSource, hidden_size, load_backbone
 from benchmarks.families.base import Answers, Family, Model, require_numbers
 from benchmarks.families.batch import HeadBatch, HeadRow, TaskGroup, Tokens, padded
 from benchmarks.families.prompts import task_title
+from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Pooling
 from benchmarks.protocols.seeds import torch_stream
 from benchmarks.tasks.base import Example, TaskSpec
@@ -83,7 +84,14 @@ class Encoder(Family[HeadRow, HeadBatch]):
         protocol = self.protocol
         encoder = load_backbone(source, "encoder", dropout=protocol.dropout, dtype=protocol.base_dtype)
         names = (protocol.name, seed, "heads")
-        return MultiTaskModel(encoder, self.specs, hidden=hidden_size(encoder), stream=names, pooling=protocol.pooling)
+        return MultiTaskModel(
+            encoder,
+            self.specs,
+            hidden=hidden_size(encoder),
+            stream=names,
+            pooling=protocol.pooling,
+            shared=protocol.heads == "shared",
+        )
 
 
 class MultiTaskModel(Model[HeadBatch]):
@@ -100,6 +108,7 @@ class MultiTaskModel(Model[HeadBatch]):
         hidden: int,
         stream: Sequence[str | int],
         pooling: Pooling = "mean",
+        shared: bool = False,
     ) -> None:
         """Build the heads.
 
@@ -109,10 +118,20 @@ class MultiTaskModel(Model[HeadBatch]):
             hidden: width of the backbone's last hidden states.
             stream: names of the random stream of the heads.
             pooling: how the states of a sequence become one.
+            shared: whether one head reads all tasks.
+
+        Raises:
+            UsageError: the tasks of a shared head do not have the same number of classes.
         """
         super().__init__(encoder, specs)
         self.pooling: Pooling = pooling
-        for spec in specs:
+        self.shared = shared
+        if shared and len({(spec.kind, len(spec.labels)) for spec in specs}) > 1:
+            raise UsageError(
+                'heads = "shared" needs tasks of one kind with equally many classes, got '
+                + ", ".join(f"{spec.name} ({spec.kind}, {len(spec.labels)})" for spec in specs)
+            )
+        for spec in specs[:1] if shared else specs:
             # One stream per task: a head starts equally whatever other tasks are in the protocol.
             with torch_stream(*stream, spec.name):
                 self.heads[spec.name] = nn.Linear(hidden, head_width(spec))
@@ -132,7 +151,7 @@ class MultiTaskModel(Model[HeadBatch]):
 
     def _logits(self, pooled: Tensor, group: TaskGroup) -> Tensor:
         spec = self.specs[group.task]
-        logits: Tensor = self.heads[spec.name](pooled[group.sequences])
+        logits: Tensor = self.heads[self.specs[0].name if self.shared else spec.name](pooled[group.sequences])
         if spec.kind == "classification":
             return logits
         logits = logits.squeeze(-1)

@@ -21,7 +21,8 @@ class Compared:
     NAME@ablations for one and what it can do without; path/to/file.py:Class for one of your own; peft:NAME; `full`
     fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
-    """quick, glue, commonsense, commonsense-smollm2, glue-t5, commonsense-llama, or the path of a protocol in TOML.
+    """quick, glue, commonsense, commonsense-smollm2, glue-t5, commonsense-llama,
+    conflict-sst2, or the path of a protocol in TOML.
     mechanisms: students of teachers with known truth; its tasks are experiments, and of the flags it knows methods,
     tasks, seeds, steps, jobs, results."""
     tasks: tuple[str, ...] | None = None

@@ -56,6 +56,7 @@ class Protocol(Frozen):
             "endpoint_tasks",
             "head_start",
             "head_start_rows",
+            "heads",
             "pooling",
             "prompt",
             "schedule",
@@ -74,6 +75,10 @@ class Protocol(Frozen):
     pooling: Pooling = Field(
         default="mean",
         description="of an encoder's hidden states: the mean over the tokens, or the state of the first or last token",
+    )
+    heads: Literal["own", "shared"] = Field(
+        default="own",
+        description="one per task, or one for all: then tasks of the same classes can contradict each other",
     )
     task_prefix: bool = Field(
         default=False, description="whether every text begins with its task's name, so that it tells the task"
@@ -188,6 +193,10 @@ class Protocol(Frozen):
             raise ValueError(f"prompt = {self.prompt} is for answers as text, which family = encoder does not give")
         if self.head_start != "random" and self.family != "encoder":
             raise ValueError(f"head_start = {self.head_start} is for family = encoder: answers as text have no heads")
+        if self.heads != "own" and (self.head_start != "random" or self.family != "encoder"):
+            raise ValueError(
+                "heads = shared is for family = encoder with head_start = random: no fit tells tasks apart"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from moepeft.errors import did_you_mean
 
 from .base import Example, TaskData, TaskSpec
 from .commonsense import COMMONSENSE_TASKS, load_commonsense
+from .flipped import flip, flip_spec
 from .glue import GLUE_TASKS, load_glue
 from .loading import DataUnavailable, InvalidData, UnknownTask
 from .own import is_task_file, load_own
@@ -28,7 +29,9 @@ __all__ = [
 _QUICK: dict[str, TaskSpec] = {spec.name: spec for spec in QUICK_TASKS}
 
 # Every task that `load_task` knows.
-TASKS: dict[str, TaskSpec] = {**_QUICK, **GLUE_TASKS, **COMMONSENSE_TASKS}
+_PLAIN: dict[str, TaskSpec] = {**_QUICK, **GLUE_TASKS, **COMMONSENSE_TASKS}
+_FLIPPED: dict[str, str] = {flip_spec(_PLAIN[name]).name: name for name in ("q_sst2", "sst2")}
+TASKS: dict[str, TaskSpec] = {**_PLAIN, **{name: flip_spec(_PLAIN[of]) for name, of in _FLIPPED.items()}}
 
 
 def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:
@@ -51,6 +54,8 @@ def load_task(name: str, *, data_dir: Path | None = None) -> TaskData:
         return task
     if name in _QUICK:
         return load_quick(name)
+    if name in _FLIPPED:
+        return flip(load_task(_FLIPPED[name], data_dir=data_dir))
     if name in GLUE_TASKS:
         return load_glue(name, data_dir=data_dir)
     if name in COMMONSENSE_TASKS:

@@ -101,6 +101,11 @@ class Study:
         """Of every run."""
         return self.group.protocol.steps
 
+    @property
+    def contradicts(self) -> bool:
+        """Whether its tasks answer the same texts differently, under one head."""
+        return self.group.protocol.heads == "shared"
+
 
 @dataclass(frozen=True)
 class Mechanism:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,8 +25,13 @@ from benchmarks.verdict.evidence import (
 
 def answer_all(evidence: Evidence) -> list[Answer]:
     """All seven, in the order of the page."""
-    asked = (question.answer(evidence) for question in QUESTIONS)
-    return [answer_related(evidence), *asked, answer_fastest(evidence)]
+    contradicting, *others = (question.answer(evidence) for question in QUESTIONS)
+    return [
+        answer_related(evidence),
+        _with_studies(contradicting, [study for study in _compared(evidence) if study.contradicts]),
+        *others,
+        answer_fastest(evidence),
+    ]
 
 
 # ---------------------------------------------------------------------- the suites
@@ -35,7 +40,7 @@ def answer_all(evidence: Evidence) -> list[Answer]:
 def answer_related(evidence: Evidence) -> Answer:
     """Tasks that have much in common, as those of a suite."""
     question = "Several related tasks, trained together: which method?"
-    studies = [study for study in evidence.studies if study.compared is not None and study.group.tuned is not None]
+    studies = [study for study in _compared(evidence) if not study.contradicts]
     if not studies:
         return _not_run(question, "python -m benchmarks.run --suite glue --data-dir DATA")
     verdicts = pd.concat([_trained(study)["verdict"] for study in studies])
@@ -44,6 +49,19 @@ def answer_related(evidence: Evidence) -> Answer:
     sentences = tuple(_tell_study(study) for study in studies)
     links = tuple(_link_study(study, "comparison") for study in studies)
     return Answer(question, _choose_related(studies[0]), sentences, links, strength)
+
+
+def _compared(evidence: Evidence) -> list[Study]:
+    return [study for study in evidence.studies if study.compared is not None and study.group.tuned is not None]
+
+
+def _with_studies(answer: Answer, studies: Sequence[Study]) -> Answer:
+    """The answer of an experiment, and what runs on real text say."""
+    return replace(
+        answer,
+        sentences=(*answer.sentences, *map(_tell_study, studies)),
+        evidence=(*answer.evidence, *(_link_study(study, "comparison") for study in studies)),
+    )
 
 
 def _choose_related(study: Study) -> str:

@@ -174,6 +174,16 @@ def test_methods_that_ids_do_not_reach_are_found_by_their_answers() -> None:
     assert answer.strength is Strength.DECIDED
 
 
+def test_runs_of_tasks_that_contradict_each_other_are_no_answer_for_related_ones(work: Path) -> None:
+    tuned = Tuning(rates=(1e-4, 1e-3), seed=1000, steps=20, head_learning_rate=None)
+    fill(work / "results/flips", protocol={"heads": "shared"}, tuned=tuned)
+    related, contradicting, *others = answer_all(Evidence(work / "results"))
+    assert not any("flips" in sentence for answer in (related, *others) for sentence in answer.sentences)
+    (told,) = (sentence for sentence in contradicting.sentences if sentence.startswith("flips, "))
+    assert "beside " in told
+    assert contradicting.evidence[-1].path == "flips/tables/comparison.md"
+
+
 def test_what_was_not_run_is_said_with_its_command(tmp_path: Path) -> None:
     answers = answer_all(Evidence(tmp_path))
     assert len(answers) == 7
