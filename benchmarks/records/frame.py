@@ -104,15 +104,14 @@ class Results:
         """One row per number, with the columns `COLUMNS`; runs, tasks and metrics in the order of the tables."""
         groups = self.groups()
         rows = [
-            (*_run_facts(record, group.label, group.key, runs.label), *measured)
+            row
             for group in groups
             for runs in group.rows
             for record in runs.records
-            for measured in _measure(record)
+            for row in _rows_of(record, group.label, group.key, runs.label)
         ]
         for trial in self.trials:
-            name, key, label = _place_trial(trial, groups)
-            rows += [(*_run_facts(trial, name, key, label), *measured) for measured in _measure(trial)]
+            rows += _rows_of(trial, *_place_trial(trial, groups))
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
         return frame.astype({column: dtype for column, (dtype, _) in COLUMNS.items()})
 
@@ -150,6 +149,11 @@ def _place_trial(trial: RunRecord, groups: list[Group]) -> tuple[str, str, str]:
             return group.label, group.key, runs.label
     (alone,) = group_records([trial])
     return alone.label, alone.key, alone.rows[0].label
+
+
+def _rows_of(record: RunRecord, protocol: str, key: str, label: str) -> list[tuple[Any, ...]]:
+    facts = _run_facts(record, protocol, key, label)  # once: they hold a hash of the whole cell
+    return [(*facts, *measured) for measured in _measure(record)]
 
 
 def _run_facts(record: RunRecord, protocol: str, key: str, label: str) -> tuple[Any, ...]:

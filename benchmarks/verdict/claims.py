@@ -15,9 +15,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from benchmarks.mechanisms.tables import interval, multiplier
-from benchmarks.records.frame import Results
 from benchmarks.reporting.comparison import AT_EDGE, compare_pair
-from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.tuning import find_trials
 from benchmarks.verdict.evidence import Evidence, Link, Study, merges
 
@@ -68,9 +66,8 @@ class SuiteClaim(_Claim):
         return Found(f"no committed runs of {self.method} and {self.than} under one protocol")
 
     def _compare(self, study: Study) -> Found | None:
-        results = Results.load(study.folder)
-        outcomes, endpoint = results.outcomes(study.group.key), Endpoint.of(study.group.protocol, results)
-        difference = compare_pair(study.frame, outcomes, self.method, self.than, endpoint)
+        endpoint = study.endpoint
+        difference = compare_pair(study.frame, study.outcomes, self.method, self.than, endpoint)
         if difference is None:
             return None
         words = (

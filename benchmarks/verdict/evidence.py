@@ -88,6 +88,8 @@ class Study:
         frame: their long frame.
         compared: every method against the reference (`comparison_table`); None where nothing is compared.
         reference: label of the reference.
+        outcomes: predictions of single test rows.
+        endpoint: what is compared.
     """
 
     folder: Path
@@ -95,6 +97,8 @@ class Study:
     frame: pd.DataFrame
     compared: pd.DataFrame | None
     reference: str | None
+    outcomes: pd.DataFrame
+    endpoint: Endpoint
 
     @property
     def steps(self) -> int:
@@ -233,12 +237,10 @@ def _load_studies(folder: Path) -> list[Study]:
         own = frame[frame["protocol_id"] == group.key]
         protocol = group.protocol
         reference = choose_reference(own, protocol.reference)
-        table = None
+        table, outcomes, endpoint = None, results.outcomes(group.key), Endpoint.of(protocol, results)
         if reference is not None:
-            outcomes = results.outcomes(group.key)
-            band = protocol.equivalence_band / 100
-            table = comparison_table(own, outcomes, reference, band, Endpoint.of(protocol, results))
-        studies.append(Study(folder, group, own, None if table is None else table.data, reference))
+            table = comparison_table(own, outcomes, reference, protocol.equivalence_band / 100, endpoint)
+        studies.append(Study(folder, group, own, None if table is None else table.data, reference, outcomes, endpoint))
     return studies
 
 

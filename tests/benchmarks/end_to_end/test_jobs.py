@@ -255,7 +255,12 @@ def end_for_want_of_memory(command: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("end", "code"), [(end_by_ctrl_c, 130), (end_by_scheduler, 130), (end_for_want_of_memory, -signal.SIGKILL)]
+    ("end", "code"),
+    [
+        (end_by_ctrl_c, 130),
+        pytest.param(end_by_scheduler, 130, marks=pytest.mark.exhaustive),
+        (end_for_want_of_memory, -signal.SIGKILL),
+    ],
 )
 def test_whatever_ends_the_command_ends_all_processes_and_records_nothing_false(bench, tmp_path, capfd, end, code):
     flags = ["--methods", "lora,ept", "--steps", "100000", "--jobs", "2"]
