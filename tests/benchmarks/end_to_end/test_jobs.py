@@ -208,10 +208,24 @@ def test_a_shard_of_a_tuned_run_has_whole_methods(bench):
 def test_cells_side_by_side_give_what_they_give_one_by_one(bench, capsys, monkeypatch):
     monkeypatch.setitem(registry.METHODS, "failing", "tests.benchmarks.end_to_end.failing_method:Failing")
     flags = ("--methods", "failing,lora,ept", "--tune", "1e-3,1e-2", "--tune-steps", "2")
+    started: list[dict[str, Any]] = []
+    real = pool.ProcessPool
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        started.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(pool, "ProcessPool", noted)
     assert bench(*flags) == 1
+    assert not started
     capsys.readouterr()
+    shared = set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle"))
     assert bench(*flags, "--results", "side", "--jobs", "2") == 1
     printed = capsys.readouterr().out
+    # One pool for trials and reported cells. What does not fit a pipe's buffer (64 KiB) makes a start wait until the
+    # worker before has imported torch.
+    assert [len(pickle.dumps(options["initargs"])) < 4096 for options in started] == [True]
+    assert set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle")) == shared
     for number in range(1, 9):
         assert f"[{number}/8]" in printed
     assert "### Scores" in printed
@@ -296,6 +310,7 @@ def test_whatever_ends_the_command_ends_all_processes_and_records_nothing_false(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_cannot_begin_ends_the_command(
     bench: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,23 +320,3 @@ def test_a_worker_that_cannot_begin_ends_the_command(
     monkeypatch.setattr(pool, "_write_shared", lambda shared: damaged)
     with pytest.raises(pickle.UnpicklingError):
         bench("--methods", "lora", "--jobs", "2")
-
-
-@pytest.mark.slow
-def test_workers_start_side_by_side_and_stay_for_all_rounds(
-    bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[dict[str, Any]] = []
-    real = pool.ProcessPool
-
-    def noted(*arguments: Any, **options: Any) -> Any:
-        started.append(options)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(pool, "ProcessPool", noted)
-    before = set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle"))
-    assert bench("--methods", "lora", "--tune", "1e-3,3e-3", "--jobs", "2") == 0
-    # What does not fit a pipe's buffer (64 KiB) makes a start wait until the worker before has imported torch.
-    assert [len(pickle.dumps(options["initargs"])) < 4096 for options in started] == [True]
-    assert len(records(Path("results/tuning"))) == 2
-    assert set(Path(tempfile.gettempdir()).glob("moepeft-*.pickle")) == before

@@ -45,6 +45,7 @@ def test_accelerate_launch_trains_as_one_process_does(tmp_path: Path) -> None:
     assert moved > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_accelerate_launch_deals_the_cells_of_the_runner(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "tiny.toml").write_text(PROTOCOL)

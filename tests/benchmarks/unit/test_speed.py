@@ -495,7 +495,13 @@ def test_share_of_the_peak(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("minilm", "bf16"), ("t5-base", "fp32"), ("llama-2-7b", "bf16"), ("deberta-v3-base", "fp32")]
+    ("name", "dtype"),
+    [
+        pytest.param("minilm", "bf16", marks=pytest.mark.exhaustive),
+        pytest.param("t5-base", "fp32", marks=pytest.mark.exhaustive),
+        ("llama-2-7b", "bf16"),
+        ("deberta-v3-base", "fp32"),
+    ],
 )
 def test_every_mode_on_every_kind_of_model(small_models: None, tmp_path: Path, name: str, dtype: str) -> None:
     fields = {"mixlora": "mixlora@rank=2", "ept": "ept@kernels=[1,2]"}

@@ -230,7 +230,7 @@ def test_heads_per_task_are_saved_and_loaded_and_need_tasks(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "trainer"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.exhaustive), "trainer"])
 def test_a_classifier_goes_on_in_a_fresh_process_after_a_move(kind: str, tmp_path: Path) -> None:
     """Saved after two steps, moved with its base, loaded: the same predictions, and the same third and fourth step."""
     before, after = tmp_path / "before", tmp_path / "after"
