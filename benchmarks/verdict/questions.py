@@ -70,7 +70,8 @@ def _choose_related(study: Study) -> str:
     better, equivalent = (rows[rows["verdict"] == word]["method"].tolist() for word in ("better", "equivalent"))
     if better:
         return ", ".join(better)
-    return f"{study.reference} (as good: {', '.join(equivalent)})" if equivalent else "none is decided to be better"
+    as_good = f"as good: {', '.join(equivalent)}" if equivalent else "none is decided to be better"
+    return f"{study.reference} ({as_good})"
 
 
 def _trained(study: Study) -> pd.DataFrame:

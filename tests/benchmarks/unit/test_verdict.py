@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -172,6 +173,20 @@ def test_methods_that_ids_do_not_reach_are_found_by_their_answers() -> None:
     assert answer.sentences[0].startswith("lora, mixlora ")
     assert "mixlora explains" in answer.sentences[1]
     assert answer.strength is Strength.DECIDED
+
+
+@pytest.mark.parametrize(
+    ("declared", "choice"),
+    [
+        ({"reference": "alpha"}, "bravo"),
+        ({"reference": "bravo"}, "bravo (none is decided to be better)"),
+        ({"reference": "alpha", "equivalence_band": 90.0}, "alpha (as good: bravo, charlie)"),
+    ],
+)
+def test_without_a_better_one_the_answer_is_the_reference(tmp_path: Path, declared: Any, choice: str) -> None:
+    tuned = Tuning(rates=(1e-4, 1e-3), seed=1000, steps=20, head_learning_rate=None)
+    fill(tmp_path / "small", protocol=declared, tuned=tuned)
+    assert answer_all(Evidence(tmp_path))[0].choice == choice
 
 
 def test_runs_of_tasks_that_contradict_each_other_are_no_answer_for_related_ones(work: Path) -> None:
