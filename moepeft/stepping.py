@@ -17,15 +17,17 @@ def after_step(state: State) -> None:
     With several processes the tallies are summed over all of them in one exchange, so that the adapters stay equal.
     """
     tallies = state.runtime.take_tallies()
-    device = next(parameter.device for _, parameter in state.named_parameters())  # the model may have been moved
     adapters = [(name, adapter) for name, adapter in state.adapters.items() if isinstance(adapter, Stepping)]
     counted = [(adapter, tallies[name]) for name, adapter in adapters if name in tallies]
     if not counted:
         return
     sizes = [counts.numel() for _, counts in counted]
-    joint = torch.split(sum_over_processes(torch.cat([counts.flatten().to(device) for _, counts in counted])), sizes)
-    for (adapter, counts), summed in zip(counted, joint, strict=True):
-        adapter.after_step(summed.view_as(counts))
+    # Layers may stand on several devices, and on others than when they counted.
+    devices = [next(adapter.parameters()).device for adapter, _ in counted]
+    joint = torch.cat([counts.flatten().to(devices[0]) for _, counts in counted])
+    sums = torch.split(sum_over_processes(joint), sizes)
+    for (adapter, counts), device, summed in zip(counted, devices, sums, strict=True):
+        adapter.after_step(summed.view_as(counts).to(device))
 
 
 def check_stepped(state: State) -> None:

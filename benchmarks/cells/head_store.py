@@ -36,11 +36,11 @@ def stored_heads(
         RecordError: the file is damaged.
     """
     path = root / "heads" / f"{_key(tasks, family.protocol, source)}.safetensors"
-    if path.exists():
-        return _read(path, [task.spec.name for task in tasks])
-    heads = fit_heads(tasks, family, source, device)
-    _write(path, heads)
-    return heads
+    if not path.exists():
+        heads = fit_heads(tasks, family, source, device)
+        if not path.exists():  # another shard may have been faster: all start from the same file
+            _write(path, heads)
+    return _read(path, [task.spec.name for task in tasks])
 
 
 def _key(tasks: Sequence[TokenisedTask], protocol: Protocol, source: BackboneSource) -> str:

@@ -60,6 +60,10 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End all workers, whatever they do; the next cells get new ones."""
         if self._pool is not None:
             self._pool.stop()  # type: ignore[no-untyped-call]
             self._pool.join()
@@ -69,7 +73,7 @@ class Workers:
         """Hand out cells, with what they share in a file; the seconds that each will have taken."""
         size = min(self.jobs, len(waiting))
         if size > self._size:
-            self.__exit__()
+            self.stop()
             self._size = size
             # A process forked from one that runs torch's threads, or has CUDA open, would hang or fail.
             context = multiprocessing.get_context("spawn")
@@ -260,7 +264,7 @@ def _end_with_the_command() -> None:
 
 @lru_cache(maxsize=1)
 def _read_shared(path: Path) -> _Shared:
-    """What the cells of a round share, made ready once in every worker."""
+    """What the cells of a round share, read once by every worker."""
     import transformers
 
     shared = cast(_Shared, pickle.loads(path.read_bytes()))  # noqa: S301 - written by the process that started this one

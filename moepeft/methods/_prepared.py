@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -52,21 +53,21 @@ class Config(Protocol):
     def definition(self) -> Definition: ...
 
 
-class Site(nn.Module):
-    """What matters of an adapter."""
+class Site(nn.Module, ABC):
+    """What matters of an adapter. No protocol: isinstance() would not find parameters on it from Python 3.12 on."""
 
     in_features: int
     out_features: int
     task_embedding: nn.Parameter
     gate: nn.Linear
 
-    def choose(self, logits: Tensor) -> Tensor:
-        """Gates over the experts."""
-        raise NotImplementedError
+    @abstractmethod
+    def choose(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:
+        """Gates of the router's logits."""
 
+    @abstractmethod
     def pyramid(self) -> Pyramid:
-        """The operator's parts."""
-        raise NotImplementedError
+        """What the experts are made of."""
 
 
 def prepare_sites(sites: Sequence[Site], task_sets: Tensor | None, config: Config) -> Sequence[Prepared]:

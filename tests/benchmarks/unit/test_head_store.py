@@ -10,7 +10,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.backbones.load import find_backbone
+from benchmarks.cells import head_store
 from benchmarks.cells.cell import Bench, prepare
+from benchmarks.cells.heads import Head
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.store import RecordError
 from benchmarks.tasks.base import Example, TaskData, TaskSpec
@@ -69,6 +71,24 @@ def test_rates_and_steps_change_no_fit(tmp_path: Path) -> None:
     bench(tmp_path)
     bench(tmp_path, PROTOCOL.model_copy(update={"learning_rate": 0.5, "steps": 9}))
     assert len(kept(tmp_path)) == 1
+
+
+def test_all_shards_start_from_the_file_of_the_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastest = bench(tmp_path)
+    (path,) = kept(tmp_path)
+    content = path.read_bytes()
+    path.unlink()
+
+    def fit_meanwhile(*arguments: object) -> dict[str, Head]:
+        path.write_bytes(content)  # by another shard
+        return {"classes": Head(np.ones((2, 32)), np.ones(2))}
+
+    monkeypatch.setattr(head_store, "fit_heads", fit_meanwhile)
+    slower = bench(tmp_path)
+    assert slower.heads is not None
+    assert fastest.heads is not None
+    np.testing.assert_array_equal(slower.heads["classes"].weight, fastest.heads["classes"].weight)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None])

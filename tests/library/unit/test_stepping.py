@@ -133,3 +133,19 @@ def test_methods_that_count_nothing_need_no_call(model: nn.Module) -> None:
     for _ in range(2):
         train(model, adapters, 4)
     adapters.after_step()
+
+
+def test_each_layer_gets_its_sum_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one model on several devices, and a layer that was moved after it had counted."""
+    got: dict[str, Tensor] = {}
+    monkeypatch.setattr(
+        CountingAdapter, "after_step", lambda self, counts: got.update({self.shift.device.type: counts})
+    )
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    adapters = moepeft.attach(model, Counting())
+    for _ in range(2):
+        model.train()(torch.ones(4, 3))
+    adapters.adapters["1"].to("meta")
+    adapters.after_step()
+    assert {device: counts.device.type for device, counts in got.items()} == {"cpu": "cpu", "meta": "meta"}
+    assert got["cpu"].tolist() == [8.0, 8.0]
