@@ -30,17 +30,17 @@ CURVE_POINTS = 60
 
 
 def gather_suites(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """One entry for every protocol of every results folder.
+    """One entry for every protocol of every results folder, the longest runs first.
 
     Raises:
         RecordError: a record is damaged.
     """
-    suites = []
+    suites: list[dict[str, Any]] = []
     for folder in folders:
         results = Results.load(folder)
         frame = results.frame()
         for group in results.groups():
-            own = frame[frame["protocol_id"] == group.key]
+            own, endpoint = frame[frame["protocol_id"] == group.key], Endpoint.of(group.protocol, results)
             suites.append(
                 {
                     "key": f"{folder.name}/{group.key}",
@@ -51,11 +51,12 @@ def gather_suites(folders: Sequence[Path]) -> list[dict[str, Any]]:
                     "reference": group.protocol.reference,
                     "rows": describe_rows(own),
                     "curves": average_curves(own),
-                    "pairs": compare_pairs(own, results.outcomes(group.key), Endpoint.of(group.protocol, results)),
+                    "endpoint": endpoint.words,
+                    "pairs": compare_pairs(own, results.outcomes(group.key), endpoint),
                     "routing": [one for record in group.records if (one := average_routing(record))],
                 }
             )
-    return suites
+    return sorted(suites, key=lambda suite: -int(suite["steps"]))
 
 
 def gather_records(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:

@@ -180,6 +180,23 @@ def test_another_suite_brings_its_own_tasks_and_rows(page: Any) -> None:
     assert column(page, "mean") == sorted(column(page, "mean"), reverse=True)
 
 
+def test_the_longest_runs_are_shown_first(page: Any) -> None:
+    steps = page.evaluate("PAGE.suites.map((one) => one.steps)")
+    assert steps == sorted(steps, reverse=True)
+    assert len(steps) > 1
+
+
+def test_a_chart_of_times_stands_only_where_steps_were_timed(page: Any) -> None:
+    for number, timed in enumerate(
+        page.evaluate("PAGE.suites.map((one) => one.rows.some((row) => row.step !== null))")
+    ):
+        page.select_option("#suite", index=number)
+        assert page.locator("#chart-step").is_visible() == timed
+        assert page.locator("#untimed").is_visible() != timed
+        assert page.locator("#chart-parameters").is_visible()
+        assert page.locator("#endpoint").inner_text() == page.evaluate(f"PAGE.suites[{number}].endpoint") != ""
+
+
 def test_curves_are_drawn_over_steps_and_over_seconds(page: Any) -> None:
     page.wait_for_selector("#chart-curves svg")
     page.select_option("#curve-axis", "seconds")

@@ -233,6 +233,9 @@ function drawCosts(rows) {
   const titles = { parameters: "trainable parameters", step: "training step over the bare model's forward" };
   for (const [axis, id] of [["parameters", "chart-parameters"], ["step", "chart-step"]]) {
     const { known, front } = costPoints(rows, axis);
+    byId(id).parentElement.hidden = !known.length;
+    if (axis === "step") byId("untimed").hidden = known.length > 0;
+    if (!known.length) continue;
     const x = { field: "cost", type: "quantitative", title: titles[axis], scale: axis === "parameters" ? { type: "log" } : { zero: false }, axis: { format: "~s", labelOverlap: true } };
     // One colour and one shape for a method, whichever methods a chart shows.
     const scale = { domain: suite().rows.map((row) => row.label) };
@@ -280,6 +283,7 @@ function drawCurves() {
 }
 
 function drawPairs() {
+  byId("endpoint").replaceChildren(suite().endpoint);
   const pairs = suite().pairs;
   const names = [...new Set(pairs.flatMap((pair) => [pair.first, pair.second]))];
   const table = byId("matrix");
