@@ -75,7 +75,7 @@ def is_transposed(x: Tensor, rows: int | None) -> bool:
 
 
 def open_scope(
-    call: Mapping[str, Any], around: Scope | None, part: Part, ids: int | None, copies: int, seen: dict[int, Mask]
+    call: Mapping[str, Any], around: Scope | None, part: Part, ids: int | None, copies: int, seen: list[Mask]
 ) -> Scope:
     """The scope of a call.
 
@@ -85,7 +85,7 @@ def open_scope(
         part: what is called.
         ids: number of task ids; None if there are none.
         copies: how often `generate` repeats each row, in place.
-        seen: the forward's masks by the tensors they were made of: blocks are all given the same.
+        seen: the forward's masks: blocks are all given the same, and a mask is made ready once.
     """
     call = _flat(call)
     raw, main = _main_input(call, part, around)
@@ -97,7 +97,7 @@ def open_scope(
     else:
         scope = _rows_and_tokens(main, raw, around, ids, copies, part.sequence_first)
     masks = {
-        stream: tuple([seen.setdefault(id(mask.given), mask) for mask in found])
+        stream: tuple([_known(mask, seen) for mask in found])
         for stream, found in _masks(call, around, part, tower=raw, main=main).items()
     }
     # What the parts of a model of transformers call masks was made of what the model was given.
@@ -105,6 +105,15 @@ def open_scope(
     learned = None if raw or around is None else _learned(call, main, scope, around)
     unknown = unknown or (around.unknown_mask if around else None)
     return scope._replace(masks=masks, main=main, unknown_mask=unknown, learned=learned)
+
+
+def _known(mask: Mask, seen: list[Mask]) -> Mask:
+    """The mask that was made of the same tensor before, or this one. A compiler would keep a graph for each `id`."""
+    for one in seen:
+        if one.given is mask.given:
+            return one
+    seen.append(mask)
+    return mask
 
 
 def _learned(call: Mapping[str, Any], main: Tensor, scope: Scope, around: Scope) -> int | None:

@@ -265,7 +265,7 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
     given = call.get("task_ids")
     task_ids = settings.task_ids if given is None else checked_ids(state, given)
     number = None if task_ids is None else task_ids.shape[0]
-    masks: dict[int, Mask] = {}
+    masks: list[Mask] = []
     scope = open_scope(call, None, entry.part, number, settings.copies if given is None else 1, masks)
     if task_ids is not None and scope.main is not None:
         task_ids = task_ids.to(scope.main.device)

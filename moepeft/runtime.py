@@ -80,7 +80,7 @@ class Forward:
         counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
         sequence_first: a block has been seen that gets (positions, rows, features).
         transposed: names of modules of which a layer has got (positions, rows, features).
-        masks: made of what calls were given, by the tensor.
+        masks: made of what calls were given, one of each tensor.
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
     """
@@ -100,7 +100,7 @@ class Forward:
     counted: dict[str, Tensor] = field(default_factory=dict)
     sequence_first: bool = False
     transposed: set[str] = field(default_factory=set)
-    masks: dict[int, Mask] = field(default_factory=dict)
+    masks: list[Mask] = field(default_factory=list)
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None
     given: Tensor | None = None
@@ -117,7 +117,7 @@ class Forward:
             scopes=[Scope()],
             values={},
             of_inputs={},
-            masks={},
+            masks=[],
             tables={},
             input=None,
             given=None,
@@ -221,7 +221,7 @@ class Runtime:
         last = self.last
         self.local.forward = None
         last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
-        last.masks, last.prepared = {}, {}
+        last.masks, last.prepared = [], {}
         for site, counts in last.counted.items():
             before = self.tallies.get(site)  # on another device, if the model was moved since
             self.tallies[site] = counts if before is None else before.to(counts.device) + counts

@@ -209,6 +209,8 @@ def _set_up(planned: PlannedCell, bench: Bench, family: AnyFamily, found: _Findi
         model.attachment = planned.method.attach(model.backbone)
     # Initialised on the CPU and then moved: the same values on every device.
     model.to(bench.device)
+    if protocol.compiled is not None:
+        model.compile_training(protocol.compiled)
     found.parameters = _count(model, model.attachment, len(family.specs))
     return model
 

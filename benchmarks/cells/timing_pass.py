@@ -68,9 +68,9 @@ def measure(trainer: Trainer, family: AnyFamily, plan: TimingPlan) -> Measuremen
     inference, inference_over = _time(inference_step, bare_forward, plan, device)
     disturbance = processor_shares(before, read_processor()) if device.type == "cpu" else (None, None)
     trainer.model.train()
-    memory = Memory(
-        peak_bytes=held(_standing(trainer), device) + peak_above(train_step, device), kind=memory_kind(device)
-    )
+    with nullcontext() if device.type == "cuda" else trainer.model.eagerly():  # compiled code shows no tensors
+        peak = held(_standing(trainer), device) + peak_above(train_step, device)
+    memory = Memory(peak_bytes=peak, kind=memory_kind(device))
     return Measurement(training, inference, training_over, inference_over, batch.tokens, memory, *disturbance)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -64,13 +64,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; losses by name and the gradient norm before clipping, left on the device."""
-        with torch.autocast(batch.task_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            logits = self.model(batch)
-            losses = {"task": self.model.loss(logits, batch)}
-        if self.attachment is not None:
-            losses.update(self.attachment.aux_losses())
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
+        losses = self._backward(batch)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimiser.step()
         if self.attachment is not None:
@@ -80,6 +74,29 @@ class Trainer:
         self.schedule.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {name: loss.detach() for name, loss in losses.items()}, norm
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the sum of all losses; the losses by name."""
+        with torch.autocast(batch.task_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = self.model(batch)
+            losses = {"task": self.model.loss(logits, batch)}
+        if self.attachment is not None:
+            losses.update(self.attachment.aux_losses())
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return losses
+
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward of a step that leaves nothing behind, so that a compiler has seen the batch's shape."""
+        tensors = (*self.parameters, *self.model.buffers())
+        before = [tensor.detach().clone() for tensor in tensors]
+        self._backward(batch)
+        if self.attachment is not None:
+            self.attachment.after_step()  # takes what the forward has counted
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        self.optimiser.zero_grad(set_to_none=True)
 
     def scored_weights(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that are scored."""
@@ -207,13 +224,17 @@ def train(
     """
     trainer.model.train()
     device = next(trainer.model.parameters()).device
-    reader = CurveReader(log.curve, device)
-    synchronise(device)
-    start = time.perf_counter()
-    try:
+    reader, clock = CurveReader(log.curve, device), _Clock(log, device)
+    compiled_for: set[torch.Size] = set()
+    with clock.running():
         for step, batch in enumerate(batches, start=1):
             # Anew for each step: whatever a method draws in one step shifts no dropout mask of the next.
             torch.manual_seed(stream(protocol.name, seed, "noise", step))
+            shape = batch.inputs["input_ids"].shape
+            if protocol.compiled is not None and shape not in compiled_for:
+                compiled_for.add(shape)
+                with clock.paused(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    trainer.rehearse(batch)
             rate = float(trainer.optimiser.param_groups[0]["lr"])
             losses, norm = trainer.step(batch)
             values = reader.watch(step, losses, norm)
@@ -221,13 +242,43 @@ def train(
                 reader.note(step, rate, tuple(losses), values)
             on_step(step, log.curve[-1].losses["task"] if log.curve else None)
             if step in protocol.examinations:
-                synchronise(device)
-                log.seconds += time.perf_counter() - start
-                reader.catch_up()
-                log.checkpoints.append(examine(step, log.seconds))
-                trainer.model.train()
-                start = time.perf_counter()
+                with clock.paused():
+                    reader.catch_up()
+                    log.checkpoints.append(examine(step, log.seconds))
+                    trainer.model.train()
         reader.catch_up()
-    finally:
-        synchronise(device)
-        log.seconds += time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Adds the seconds that training takes to its log."""
+
+    log: TrainingLog
+    device: torch.device
+    _since: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What happens inside counts."""
+        self._start()
+        try:
+            yield
+        finally:
+            self._stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._start()
+
+    def _start(self) -> None:
+        synchronise(self.device)
+        self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        synchronise(self.device)
+        self.log.seconds += time.perf_counter() - self._since

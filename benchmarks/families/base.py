@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks.backbones.adapters import Adapters
 from benchmarks.backbones.load import BackboneSource
 from benchmarks.families.batch import Batch, Row, Tokens
-from benchmarks.protocols.protocol import Protocol
+from benchmarks.instruments.compiler import compiled_call
+from benchmarks.protocols.protocol import CompileMode, Protocol
 from benchmarks.records.failures import Diverged
 from benchmarks.tasks.base import Example, TaskSpec
 
@@ -53,6 +56,26 @@ class Model(nn.Module, Generic[BatchType]):
         self.heads = nn.ModuleDict()
         self.specs = tuple(specs)
         self.attachment: Adapters | None = None
+        self._compiled: Callable[..., Any] | None = None
+
+    def compile_training(self, mode: CompileMode) -> None:
+        """Let the backbone's calls of training run compiled. Call it once adapters are attached."""
+        # Not the compiled module itself: it would be registered as one more part of this model.
+        self._compiled = partial(compiled_call(self.backbone, mode))
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Inside, nothing is compiled."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """The backbone's call; compiled in training where `compile_training` said so."""
+        return self._compiled if self.training and self._compiled is not None else self.backbone
 
     @abstractmethod
     def loss(self, outputs: Any, batch: BatchType) -> Tensor:

@@ -128,7 +128,7 @@ class CausalModel(TextModel):
         # Only where answers are predicted are logits needed: over a whole vocabulary they are the largest tensor.
         spared = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
         positions = inputs["logits_to_keep"] if spared else inputs.pop("logits_to_keep")
-        logits = self.backbone(**inputs, **self.routing(batch.task_ids), use_cache=False).logits
+        logits = self.call(**inputs, **self.routing(batch.task_ids), use_cache=False).logits
         if not spared:
             logits = logits[:, positions]
         rows, candidates = batch.valid.shape

@@ -144,7 +144,7 @@ class MultiTaskModel(Model[HeadBatch]):
 
     def pool(self, batch: HeadBatch) -> Tensor:
         """What the heads read of every sequence: (sequences, width)."""
-        hidden = self.backbone(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
+        hidden = self.call(**batch.inputs, **self.routing(batch.task_ids)).last_hidden_state
         # Pooling and heads in single precision: they are cheap, and scores are compared at their last digits.
         with torch.autocast(hidden.device.type, enabled=False):
             return pool(hidden.float(), batch.inputs["attention_mask"], self.pooling)

@@ -81,7 +81,7 @@ class Seq2SeqModel(TextModel):
         call: dict[str, Any] = {**batch.inputs, **self.routing(batch.task_ids)}
         columns = []
         for labels in batch.labels:
-            output = self.backbone(
+            output = self.call(
                 **call,
                 decoder_input_ids=self.backbone.prepare_decoder_input_ids_from_labels(labels),  # type: ignore[operator]
                 decoder_attention_mask=(labels != IGNORED).long(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.protocols.errors import UsageError
-from benchmarks.protocols.protocol import Suite, load_suite
+from benchmarks.protocols.protocol import CompileMode, Suite, load_suite
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and in which order cells run; no part of what a cell gives, but for the precision."""
+    """Where and in which order cells run; no part of what a cell gives, but for precision and compiler."""
 
     results: Path | None = None
     """Folder for records and tables; unset: results/<suite>."""
@@ -87,6 +87,8 @@ class Machine:
     """Where to run; no part of a cell's identity."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
     """bf16 is autocast; auto takes it where the hardware computes it natively."""
+    compile: CompileMode | None = None
+    """Mode of torch.compile of training steps; scores are computed eagerly. What compiling takes is in no time."""
     rerun: Literal["missing", "failed", "all"] = "missing"
     """Which cells to run: those without a finished record, also failed ones, or all."""
     shard: str | None = None
@@ -149,6 +151,7 @@ def resolve_suite(options: Options) -> Suite:
         evaluate_on=options.evaluate_on,
         task_prefix=options.task_prefix or None,
         precision=options.precision,
+        compiled=options.compile,
     )
 
 

@@ -10,14 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard, TypeVar
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.frozen import Frozen
@@ -30,6 +23,7 @@ NUMERICS_VERSION = 2
 Precision = Literal["auto", "fp32", "bf16"]
 Family = Literal["encoder", "seq2seq", "causal"]
 Pooling = Literal["mean", "first", "last"]
+CompileMode = Literal["default", "max-autotune-no-cudagraphs"]
 Scoring = Literal["likelihood", "likelihood_per_token", "generate"]
 ProtocolType = TypeVar("ProtocolType", bound="Protocol")
 
@@ -52,6 +46,7 @@ class Protocol(Frozen):
             "batches",
             "checkpoint_rows",
             "checkpoints",
+            "compiled",
             "endpoint",
             "endpoint_tasks",
             "head_start",
@@ -147,6 +142,9 @@ class Protocol(Frozen):
     fold_rows: PositiveInt = Field(default=300, description="rows per task in that fold, never more than a fifth")
     eval_batch_size: PositiveInt = Field(default=64, description="rows per batch of one task, sorted by length")
     precision: Precision = "auto"
+    compiled: CompileMode | None = Field(
+        default=None, description="mode of torch.compile of training steps; None: eager, as scores are in any case"
+    )
 
     endpoint: Literal["metric", "skill"] = Field(
         default="metric",

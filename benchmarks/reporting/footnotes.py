@@ -20,6 +20,7 @@ def group_caption(group: Group) -> tuple[str, ...]:
         *_recipe_lines(group),
         *_data_lines(group),
         *_budget_lines(group),
+        *_compiler_lines(group),
         *_hardware_lines(group),
         *_command_lines(group),
         *_failure_lines(group),
@@ -157,6 +158,12 @@ def _budget_lines(group: Group) -> list[str]:
 
 def _runs(number: int) -> str:
     return "the one trained run saw" if number == 1 else f"all {number} trained runs saw the same"
+
+
+def _compiler_lines(group: Group) -> list[str]:
+    mode = group.protocol.compiled
+    said = f"Training steps compiled (torch.compile, mode {mode}), scores computed eagerly. Compiling is in no time."
+    return [] if mode is None else [said]
 
 
 def _hardware_lines(group: Group) -> list[str]:

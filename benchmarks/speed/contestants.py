@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import moepeft
+from benchmarks.instruments.compiler import compiled_call
 from benchmarks.protocols.errors import UsageError
 from benchmarks.speed.hosts import kind_of, sharing_copy, vocabulary_embeddings
 from benchmarks.speed.options import Mode
@@ -25,8 +26,6 @@ from moepeft.sites import select_sites
 FORWARD_ONLY = "frozen, forward only"
 FROZEN = "frozen"
 REFERENCE_RANK = 8
-COMPILED_VARIANTS = 256
-"""Contestants share the host's code, and torch.compile keeps one variant per contestant."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +183,7 @@ def merged(contestant: Contestant) -> Contestant | None:
 
 
 def _callable(model: nn.Module, compiled: bool) -> Callable[..., Any]:
-    if not compiled:
-        return model
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-    torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
-    function: Callable[..., Any] = torch.compile(model)
-    return function
+    return compiled_call(model) if compiled else model
 
 
 # ---------------------------------------------------------------------- all of them

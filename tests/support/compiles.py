@@ -1,7 +1,8 @@
 """Compile a host with adapters as one graph and compare: `python -m tests.support.compiles METHOD [definition]`.
 
-Values and gradients, for rows and lengths that change. A process of its own runs it: the compiler cannot trace what
-checks the shapes in the tests' process.
+Values and gradients, for rows and lengths that change. With `masks` in place of `definition`: how many graphs models of
+transformers need for batches of one shape. A process of its own runs it: the compiler cannot trace what checks the
+shapes in the tests' process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import moepeft
+from tests.support.hosts import HOSTS, batch, build, output
 
 IDS = torch.arange(4)
 
@@ -50,6 +52,27 @@ def main(spec: str, *, fast: bool) -> None:
             assert torch.allclose(*pair, rtol=1e-3, atol=1e-3)
 
 
+def count_graphs(spec: str) -> None:
+    """Every batch brings a mask of its own, and a graph of the second one serves all that follow."""
+    for name in HOSTS:
+        torch._dynamo.reset()
+        host = build(name).train()
+        adapters = moepeft.attach(host, moepeft.method(spec, num_tasks=4))
+        graphs = []
+
+        def counted(graph: torch.fx.GraphModule, inputs: object, graphs: list[Any] = graphs) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        compiled, made = torch.compile(host, backend=counted), []
+        for seed in range(5):
+            y = output(compiled, batch(host, padded=3, seed=seed), task_ids=IDS.roll(seed))
+            (y.square().mean() + adapters.aux_loss()).backward()
+            adapters.after_step()
+            made.append(len(graphs))
+        assert made[1] == made[-1], f"{spec} on {name}: {made} graphs after each batch"
+
+
 def without_dropout(factory: moepeft.AdapterFactory) -> moepeft.AdapterFactory:
     """Random draws of two runs cannot be compared."""
     fields = {field.name for field in dataclasses.fields(cast(Any, factory))}
@@ -57,4 +80,7 @@ def without_dropout(factory: moepeft.AdapterFactory) -> moepeft.AdapterFactory:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], fast="definition" not in sys.argv[2:])
+    if "masks" in sys.argv[2:]:
+        count_graphs(sys.argv[1])
+    else:
+        main(sys.argv[1], fast="definition" not in sys.argv[2:])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import benchmarks.families.base
 from benchmarks.backbones.load import find_backbone
 from benchmarks.cells.cell import Bench, prepare, run_cell
 from benchmarks.methods.base import Method, Refused
 from benchmarks.methods.baselines import HeadsOnly, Majority
+from benchmarks.methods.parse import parse_method
 from benchmarks.plan.cells import expand
 from benchmarks.protocols.protocol import Protocol
 from benchmarks.records.schema import RunRecord
@@ -88,3 +93,46 @@ def test_a_trial_is_not_timed_and_a_reported_cell_is(bench: Bench) -> None:
     assert trial.scores == reported.scores
     assert trial.budget == reported.budget
     assert trial.cell.id != reported.cell.id
+
+
+SECONDS = 0.4
+
+
+def pretended_compiler(model: nn.Module, mode: str) -> Callable[..., Any]:
+    """The eager call, which takes its time for every shape that it has not seen, as a compiler does."""
+    seen: set[torch.Size] = set()
+
+    def call(**inputs: Any) -> Any:
+        if (shape := inputs["input_ids"].shape) not in seen:
+            seen.add(shape)
+            time.sleep(SECONDS)
+        return model(**inputs)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["lora", "smora", "mixlora"])
+def test_what_compiling_takes_is_in_no_time_and_changes_no_number(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """SMoRA counts tokens in every forward and moves its biases after a step; MixLoRA has a loss of its own."""
+    monkeypatch.setattr(benchmarks.families.base, "compiled_call", pretended_compiler)
+    method = parse_method(name, 1)
+    found = []
+    for mode in (None, "default"):
+        protocol = PROTOCOL.with_overrides(compiled=mode, averaging=0.9)
+        (planned,) = expand(protocol, (method,), DATA, (0,))
+        started = time.perf_counter()
+        record, outcomes = run_cell(planned, bench, lambda *_: None)
+        assert record.status == "ok", record.reason
+        found.append((record, outcomes, time.perf_counter() - started))
+    (eager, expected, _), (compiled, outcomes, wall) = found
+    assert wall > 2 * SECONDS  # once in training, once in the timing pass, whose rows are shorter
+    assert compiled.timing.train_seconds < SECONDS
+    assert compiled.timing.train_step is not None
+    assert compiled.timing.train_step.median < SECONDS
+    assert compiled.memory == eager.memory
+    assert outcomes.equals(expected)
+    assert [point.losses for point in compiled.curve] == [point.losses for point in eager.curve]
+    assert compiled.cell.protocol.compiled == "default"
+    assert compiled.cell.id != eager.cell.id

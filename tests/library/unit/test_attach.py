@@ -192,6 +192,15 @@ def test_compiles_without_a_graph_break_for_rows_and_lengths_that_change(words: 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mixlora", "flylora"])
+def test_a_compiled_model_meets_new_masks_without_compiling_again(method: str) -> None:
+    """Of methods that lay the mask on tokens, and that count tokens for the next step."""
+    command = [sys.executable, "-m", "tests.support.compiles", method, "masks"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("factory", ["ept", moepeft.LoRA, None, {"rank": 8}])
 def test_what_is_no_configured_method_is_refused_before_the_model_is_touched(factory: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
