@@ -16,6 +16,7 @@ from benchmarks.reporting.render import Table
 from benchmarks.reporting.scores import average_scores
 from benchmarks.reporting.tuning import find_trials
 from benchmarks.reporting.views import (
+    NOT_AVAILABLE,
     count_runs,
     find_label,
     find_tasks,
@@ -26,6 +27,7 @@ from benchmarks.reporting.views import (
     select_reported,
 )
 from benchmarks.statistics.intervals import EQUIVALENCE_BAND, Difference, level_at_each_of, verdict
+from benchmarks.statistics.moderated import moderate_all
 from benchmarks.statistics.paired import PairedTask, metric_value, paired_difference
 
 AT_EDGE = "at the edge of its grid"
@@ -211,8 +213,12 @@ def _facts(compared: Sequence[Comparison], base: str, edges: set[str], band: flo
     adjusted = p_values.copy()
     if family.any():
         adjusted[family] = multipletests(p_values[family], method="holm")[1]
+    moderated = np.full(len(compared), np.nan)
+    learnt = moderate_all([comparison.difference for comparison in compared if not comparison.is_baseline])
+    if learnt is not None:
+        moderated[family] = multipletests([difference.p_value for difference in learnt], method="holm")[1]
     facts = []
-    for comparison, p_holm in zip(compared, adjusted, strict=True):
+    for comparison, p_holm, p_moderated in zip(compared, adjusted, moderated, strict=True):
         difference, number = comparison.difference, 1 if comparison.is_baseline else int(family.sum())
         said: str = verdict(difference, float(p_holm), band)
         if edges & {base, comparison.label}:
@@ -224,6 +230,7 @@ def _facts(compared: Sequence[Comparison], base: str, edges: set[str], band: flo
                 "half_width": difference.half_width,
                 "p_value": difference.p_value,
                 "p_holm": float(p_holm),
+                "p_moderated": float(p_moderated),
                 "verdict": said,
                 "seeds": difference.seeds,
                 "detectable": difference.find_detectable(number),
@@ -233,11 +240,16 @@ def _facts(compared: Sequence[Comparison], base: str, edges: set[str], band: flo
     return facts
 
 
+def _show_p(value: float) -> str:
+    return NOT_AVAILABLE if np.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _cells(fact: dict[str, Any], tasks: int) -> dict[str, str]:
     return {
         "method": fact["method"],
         "difference": f"{100 * fact['difference']:+z.1f} ± {100 * fact['half_width']:.1f}",
-        "p (Holm)": "< 0.001" if fact["p_holm"] < 0.001 else f"{fact['p_holm']:.3f}",
+        "p (Holm)": _show_p(fact["p_holm"]),
+        "p moderated": _show_p(fact["p_moderated"]),
         "verdict": fact["verdict"],
         "seeds": str(fact["seeds"]),
         "detectable": "unknown" if np.isnan(fact["detectable"]) else f"{100 * fact['detectable']:.1f}",
@@ -260,7 +272,11 @@ def _notes(band: float, endpoint: Endpoint, left_out: Sequence[str], *, is_singl
         "Detectable: the true difference, in points, that so many seeds of this spread show with a probability of 80 % "
         "at the first step of Holm."
     )
-    notes = [method, meaning, power]
+    exploratory = (
+        "p moderated: the same from variances that the comparisons of this table share in part (empirical Bayes, Smyth "
+        "2004). It decides nothing: where comparisons are few it errs more often than it says (docs/tables.md)."
+    )
+    notes = [method, meaning, power, exploratory]
     if endpoint.looks > 1:
         notes.append(
             f"Looked at {endpoint.looks} times: intervals and p-values hold for all looks together, since each "

@@ -70,6 +70,8 @@ class Difference:
         seeds: number of runs of each.
         looks: how often the runs are looked at, the last time included. Interval and p-value hold for all looks
             together (`level_at_each_of`).
+        prior_degrees: what other comparisons say of `seed_variance`, in degrees of freedom
+            (`benchmarks.statistics.moderated`).
     """
 
     estimate: float
@@ -77,6 +79,12 @@ class Difference:
     example_variance: float
     seeds: int
     looks: int = 1
+    prior_degrees: float = 0.0
+
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of the runs of this difference alone."""
+        return self.seeds - 1
 
     @property
     def half_width(self) -> float:
@@ -104,9 +112,8 @@ class Difference:
         """
         if self.seeds < 2:
             return float("nan")
-        degrees = self.seeds - 1
         # What the runs' variance may be measured as, in shares of the true one, all equally likely.
-        measured = stats.chi2.ppf((np.arange(QUADRATURE) + 0.5) / QUADRATURE, degrees) / degrees
+        measured = stats.chi2.ppf((np.arange(QUADRATURE) + 0.5) / QUADRATURE, self.degrees) / self.degrees
         limits = self._half_width(level_at_each_of(self.looks) / comparisons, measured)
         error = np.sqrt(self.seed_variance / self.seeds + self.example_variance)
         if error == 0:
@@ -122,7 +129,7 @@ class Difference:
         of_examples = stats.norm.isf(level / 2) * np.sqrt(self.example_variance)
         if self.seeds < 2:
             return np.asarray(of_examples)
-        of_seeds = stats.t.isf(level / 2, self.seeds - 1) * np.sqrt(
+        of_seeds = stats.t.isf(level / 2, self.degrees + self.prior_degrees) * np.sqrt(
             self.seed_variance * np.asarray(spread) / self.seeds
         )
         half: NDArray[np.float64] = np.hypot(of_seeds, of_examples)
