@@ -141,7 +141,8 @@ class Capabilities:
         identity_at_init: a freshly attached model computes what the bare model computes.
         row_independent: a row's output does not depend on the other rows of its batch.
         padding_independent: a row's output does not depend on how much padding follows it.
-        cache_consistent: generating with a key-value cache equals recomputing the whole sequence.
+        cache_consistent: generating with a key-value cache equals recomputing the whole sequence. False: what chooses
+            the experts sees a row's later tokens too, answers included, unless they are masked.
         adapts_positions: a table of relative positions that goes through the same layers as the rows (DeBERTa's) is
             adapted and routed by as if it were a batch. False: an update that depends on the row leaves it alone.
         batch_first: rows are the first dimension of the input, as in every transformers model.

@@ -189,15 +189,18 @@ class TextBatch(Batch):
         labels: token ids of the candidates, -100 where there is none; in the layout of the family that made them.
         valid: which candidates exist, shape (rows, candidates).
         tasks: position of every row's task in the protocol; on the host, which need not wait to ask.
+        prompts: which positions of the inputs are of prompts; None where answers stand apart.
     """
 
     labels: Tensor
     valid: Tensor
     tasks: tuple[int, ...]
+    prompts: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with `function` of every tensor."""
-        return replace(super().map(function), labels=function(self.labels), valid=function(self.valid))
+        prompts = None if self.prompts is None else function(self.prompts)
+        return replace(super().map(function), labels=function(self.labels), valid=function(self.valid), prompts=prompts)
 
 
 def move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from benchmarks.families.text import (
     prompts_and_answers,
 )
 from benchmarks.protocols.errors import UsageError
+from moepeft import Attachment
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Causal(TextFamily):
             IGNORED,
             side=self.padding_side,
         )
-        said = (targets != IGNORED).any(0).nonzero().squeeze(1)
+        is_said = targets != IGNORED
+        said = is_said.any(0).nonzero().squeeze(1)
         positions = torch.arange(int(said[0]), int(said[-1]) + 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": positions - 1}
         if self.padding_side == "left":
@@ -116,6 +119,7 @@ class Causal(TextFamily):
             labels=targets[:, positions],
             valid=valid,
             tasks=tasks,
+            prompts=mask * ~is_said,
         )
 
 
@@ -128,8 +132,19 @@ class CausalModel(TextModel):
         # Only where answers are predicted are logits needed: over a whole vocabulary they are the largest tensor.
         spared = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
         positions = inputs["logits_to_keep"] if spared else inputs.pop("logits_to_keep")
-        logits = self.call(**inputs, **self.routing(batch.task_ids), use_cache=False).logits
+        with self._reading(batch.prompts):
+            logits = self.call(**inputs, **self.routing(batch.task_ids), use_cache=False).logits
         if not spared:
             logits = logits[:, positions]
         rows, candidates = batch.valid.shape
         return log_probabilities(logits, batch.labels).reshape(candidates, rows).T
+
+    def _reading(self, prompts: Tensor | None) -> AbstractContextManager[None]:
+        """Inside, methods that choose by whole rows look at the prompts alone, as they do when text is generated.
+
+        A choice that is made of the answer as well tells the answer to the positions that are to predict it.
+        """
+        adapters = self.attachment
+        if isinstance(adapters, Attachment) and not adapters.factory.capabilities.cache_consistent:
+            return adapters.route(mask=prompts)
+        return nullcontext()

@@ -294,6 +294,32 @@ def test_running_the_encoder_once_changes_nothing(method):
 # ---------------------------------------------------------------------- generation
 
 
+@pytest.mark.parametrize("method", moepeft.available())
+def test_what_is_said_of_a_prompt_knows_nothing_of_the_answer(method):
+    """The first token of an answer is as likely as after the prompt alone, in training and in scoring."""
+    bed = setting("causal")
+    for parameter in bed.model.backbone.parameters():
+        parameter.data.mul_(5.0)  # a tiny model's layers hardly change what they are given
+    attached(bed, method)
+    routed = {} if method_ids(bed) is None else {"task_ids": torch.tensor([2])}
+    (row, *_) = [row for _, row in bed.rows[2]]
+    with torch.no_grad():
+        logits = bed.model.backbone(torch.tensor([row.prompt]), **routed).logits[0, -1]
+        expected = [float(logits.log_softmax(-1)[answer[0]]) for answer in row.answers]
+        found = []
+        for gold in range(len(row.answers)):
+            batch = bed.family.training_batch([(2, replace(row, gold=gold))])
+            first = batch.labels.clone()
+            first[:, 1:] = -100
+            found.append(float(bed.model(replace(batch, labels=first))))
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def method_ids(bed: SimpleNamespace) -> str | None:
+    """The ids that the adapters need, if any."""
+    return "task" if bed.model.attachment.factory.capabilities.routing == "task" else None
+
+
 def one_task(spec: TaskSpec, rows: list) -> TokenisedTask:
     own = tuple(row for _, row in rows)
     return TokenisedTask(spec, train=own, validation=own)
