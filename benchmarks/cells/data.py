@@ -53,7 +53,10 @@ def chosen_rows(data: TaskData, split: Split, protocol: Protocol) -> tuple[list[
         drawn = list(map(int, generator("fold", data.spec.name).permutation(len(rows))))
         cut = max(1, min(protocol.fold_rows, len(rows) // 5))
         indices = sorted(drawn[cut:] if split == "train" else drawn[:cut])
-    limit = protocol.train_rows if split == "train" else protocol.eval_rows
+    limit = protocol.eval_rows
+    if split == "train":
+        is_scarce = protocol.scarce_rows is not None and data.spec.name in protocol.endpoint_tasks
+        limit = protocol.scarce_rows if is_scarce else protocol.train_rows
     if limit is not None and limit < len(indices):
         kept = generator("subset", split, data.spec.name).permutation(len(indices))[:limit]
         indices = [indices[at] for at in sorted(map(int, kept))]

@@ -14,6 +14,7 @@ COMPILED_LAYERS = {"llama-2-7b": 8}
 # The commands of docs/study.md.
 STUDIED = "lora,lora@rank=40,moelora,more,mixlora,tucka,tucka@routing=row,ept"
 ANSWERED = "lora,moelora,more,mixlora,tucka@routing=row,ept"
+SCARCE = (50, 200, 800)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def plan_stages(options: Options) -> list[Stage]:
         *(_speed(shape, folder / "speed", rehearse=rehearse) for shape in SHAPES),
         _study(options),
         _commonsense(options),
+        _contradiction(options),
+        *(() if rehearse else (_transfer(options, rows) for rows in SCARCE)),  # no task that comes along is scarce
         *(_compiled(shape, name, folder, rehearse=rehearse) for shape in SHAPES for name in compiled),
     ]
 
@@ -113,6 +116,17 @@ def _commonsense(options: Options) -> Stage:
     tiny = ("--methods", "lora", "--tasks", "q_openbookqa", "--backbone", "tiny-llama")
     full = ("--methods", ANSWERED, "--seeds", "0,1,2")
     return _suite(options, "commonsense", "commonsense-smollm2", full, tiny)
+
+
+def _contradiction(options: Options) -> Stage:
+    tiny = ("--methods", "lora", "--tasks", "q_sst2,q_sst2_flipped", "--backbone", "tiny-bert")
+    full = ("--methods", f"{ANSWERED},lora-per-task", "--seeds", "0,1,2,3,4")
+    return _suite(options, "contradiction", "conflict-sst2", full, tiny)
+
+
+def _transfer(options: Options, rows: int) -> Stage:
+    full = ("--methods", f"{ANSWERED},lora-per-task", "--seeds", "0,1,2,3,4", "--scarce-rows", str(rows))
+    return _suite(options, f"transfer-{rows}", "transfer", full, ())
 
 
 def _suite(options: Options, name: str, suite: str, full: tuple[str, ...], tiny: tuple[str, ...]) -> Stage:

@@ -22,7 +22,7 @@ class Compared:
     fine-tuning. The rows `majority` and `head` (`bare` for text answers) are always there."""
     suite: str = "quick"
     """quick, glue, commonsense, commonsense-smollm2, glue-t5, commonsense-llama,
-    conflict-sst2, or the path of a protocol in TOML.
+    conflict-sst2, transfer, or the path of a protocol in TOML.
     mechanisms: students of teachers with known truth; its tasks are experiments, and of the flags it knows methods,
     tasks, seeds, steps, jobs, results."""
     tasks: tuple[str, ...] | None = None
@@ -50,6 +50,8 @@ class Training:
     """Rows per step."""
     batches: Literal["mixed", "single"] | None = None
     """single: every training batch holds rows of one task, as methods that route by the batch expect them."""
+    scarce_rows: int | None = None
+    """Training rows of the tasks of the endpoint, e.g. 50 of --suite transfer; the other tasks keep theirs."""
     learning_rate: float | None = None
     """Peak learning rate."""
     tune: tuple[float, ...] | Literal["none"] | None = None
@@ -140,6 +142,7 @@ def resolve_suite(options: Options) -> Suite:
         steps=options.steps,
         batch_size=options.batch_size,
         batches=options.batches,
+        scarce_rows=options.scarce_rows,
         learning_rate=options.learning_rate,
         reference=options.reference,
         pooling=options.pooling,

@@ -54,6 +54,7 @@ class Protocol(Frozen):
             "heads",
             "pooling",
             "prompt",
+            "scarce_rows",
             "schedule",
             "test_rows",
             "warmup",
@@ -132,6 +133,9 @@ class Protocol(Frozen):
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
     )
+    scarce_rows: PositiveInt | None = Field(
+        default=None, description="the same for tasks of the endpoint, where they are to learn from the others"
+    )
     test_rows: PositiveInt | None = Field(
         default=None, description="test sets of fewer rows are filled from the training rows; None: official splits"
     )
@@ -181,6 +185,8 @@ class Protocol(Frozen):
         others = [name for name in self.endpoint_tasks if name not in self.tasks]
         if others:
             raise ValueError(f"endpoint_tasks names {', '.join(others)}, which tasks does not list")
+        if self.scarce_rows is not None and not self.endpoint_tasks:
+            raise ValueError("scarce_rows needs endpoint_tasks: the tasks that have few rows")
         return self
 
     @model_validator(mode="after")

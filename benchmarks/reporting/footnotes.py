@@ -18,6 +18,7 @@ def group_caption(group: Group) -> tuple[str, ...]:
     return (
         _protocol_line(group),
         *_recipe_lines(group),
+        *_scarce_lines(group),
         *_data_lines(group),
         *_budget_lines(group),
         *_compiler_lines(group),
@@ -81,6 +82,12 @@ def _schedule(protocol: Protocol) -> str:
     if protocol.head_start == "ridge":
         parts.append(f"heads start from a converged ridge fit on {protocol.head_start_rows:,} training rows per task")
     return "; ".join(parts)
+
+
+def _scarce_lines(group: Group) -> list[str]:
+    protocol = group.protocol
+    tasks = ", ".join(protocol.endpoint_tasks)
+    return [] if protocol.scarce_rows is None else [f"Of {tasks} at most {protocol.scarce_rows:,} rows are trained on."]
 
 
 def _common_rate(group: Group) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from threading import Event
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.cells.train import one_ahead, training_batches
 from benchmarks.families import family_of
 from benchmarks.families.batch import HeadRow
 from benchmarks.families.encoder import MultiTaskModel, collate, pool, texts_of
-from benchmarks.protocols.protocol import Protocol
+from benchmarks.protocols.protocol import Protocol, load_suite
 from benchmarks.protocols.seeds import stream, torch_stream
 from benchmarks.records.failures import Diverged
 from benchmarks.tasks import TASKS, load_task
@@ -126,6 +127,25 @@ def test_limits_take_a_subset_that_depends_on_nothing_but_task_and_split():
     assert [row.first for row in rows] == list(map(str, indices))
     assert chosen_rows(data, "train", protocol(eval_rows=10))[0] == list(range(50))
     assert chosen_rows(data, "train", protocol(train_rows=10))[0] != indices
+
+
+def test_scarce_rows_cut_what_is_trained_on_of_the_tasks_of_the_endpoint_alone():
+    rows = [Example(str(number), label=number % 2) for number in range(50)]
+    scarce, other = (task_data(replace(CLASSES, name=name), rows) for name in ("scarce", "other"))
+    fields = {"tasks": ("scarce", "other"), "endpoint_tasks": ("scarce",), "train_rows": 40}
+    few, more = (protocol(**fields, scarce_rows=number) for number in (5, 20))
+    assert len(chosen_rows(scarce, "train", few)[0]) == 5
+    assert len(chosen_rows(other, "train", few)[0]) == 40
+    assert len(chosen_rows(scarce, "validation", few)[0]) == 50
+    assert set(chosen_rows(scarce, "train", few)[0]) < set(chosen_rows(scarce, "train", more)[0])
+    with pytest.raises(ValueError, match="scarce_rows needs endpoint_tasks"):
+        protocol(scarce_rows=5)
+
+
+def test_the_protocol_of_scarce_tasks_is_declared():
+    suite = load_suite("transfer")
+    assert (suite.endpoint, suite.endpoint_tasks, suite.reference) == ("skill", ("mrpc", "rte"), "lora-per-task")
+    assert set(suite.tasks) == {"mrpc", "qqp", "mnli", "rte"}
 
 
 # ---------------------------------------------------------------------- order

@@ -107,11 +107,12 @@ def test_every_stage_is_a_command_that_its_module_understands() -> None:
         stages = plan_stages(Options(rehearse=rehearse, data_dir=Path()))
         assert len({stage.name for stage in stages}) == len({stage.output for stage in stages}) == len(stages)
         first_of_kind = {stage.name.partition("-")[0]: stage for stage in stages}
-        assert list(first_of_kind) == ["tests", "speed", "study", "commonsense", "compiled"]
+        suites = ["study", "commonsense", "contradiction", *([] if rehearse else ["transfer"])]
+        assert list(first_of_kind) == ["tests", "speed", *suites, "compiled"]
         assert Path(first_of_kind["tests"].words[-1]).is_file()
         for kind in ("speed", "compiled"):
             check(parse_flags(SpeedOptions, first_of_kind[kind].words[2:], "speed"))
-        for kind in ("study", "commonsense"):
+        for kind in suites:
             resolve_suite(parse_flags(RunOptions, first_of_kind[kind].words[2:], "run"))
 
 
