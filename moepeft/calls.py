@@ -278,19 +278,22 @@ def _predicting(inputs: Tensor, pad: int, end: Any) -> Tensor:
     return followed.long()
 
 
-def past_positions(call: Mapping[str, Any]) -> int:
-    """Number of positions in the call's key-value cache."""
+def past_positions(call: Mapping[str, Any]) -> int | Tensor:
+    """Number of positions in the call's key-value cache; where a static cache counts them on the device, left there."""
     past = call.get("past_key_values")
     length = getattr(past, "get_seq_length", None)
-    return int(length()) if length is not None else 0
+    number = 0 if length is None else length()
+    return number.clone() if isinstance(number, Tensor) else int(number)  # the cache goes on counting in place
 
 
-def continues(call: Mapping[str, Any]) -> bool:
+def continues(call: Mapping[str, Any]) -> bool | Tensor:
     """Whether the call goes on from an earlier one: a step of cached decoding, or a decoder after its encoder."""
     if call.get("encoder_outputs") is not None:
         return True
     past = call.get("past_key_values")
-    return past is not None and (not hasattr(past, "get_seq_length") or past_positions(call) > 0)
+    if past is None:
+        return False
+    return past_positions(call) > 0 if hasattr(past, "get_seq_length") else True
 
 
 def _unknown_mask(call: Mapping[str, Any], of_transformers: bool) -> UnknownMask | None:

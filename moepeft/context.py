@@ -179,8 +179,8 @@ class SiteContext:
 
     @property
     def continues(self) -> bool:
-        """Whether this forward continues an earlier one (`Forward.continues`)."""
-        return self.forward.continues
+        """Whether this forward continues an earlier one; a static cache's device may have to be asked."""
+        return bool(self.forward.goes_on)
 
     @property
     def recomputes(self) -> bool:

@@ -186,10 +186,9 @@ def _enter(
 
 def _name_the_unused(state: State) -> None:
     """After the first training forward, say which adapters took no part: they are counted and get no gradient."""
-    if any(module._compiled_call_impl is not None for module in state.model.modules()):
-        return  # nothing was noted
     idle = [site.name for site in state.sites if not state.slot(site).has_run]
-    if idle:
+    compiled = any(module._compiled_call_impl is not None for module in state.model.modules())
+    if idle and not compiled and len(idle) < len(state.sites):  # layers that are compiled note nothing
         ends = sorted({name.rsplit(".", 1)[-1] for name in idle})
         warnings.warn(
             f"{len(idle)} of {len(state.sites)} adapted layers did not run in the first training forward, e.g. "
@@ -264,13 +263,12 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
         check_stepped(state)
     given = call.get("task_ids")
     task_ids = settings.task_ids if given is None else checked_ids(state, given)
-    number = None if task_ids is None else task_ids.shape[0]
     masks: list[Mask] = []
+    number = None if task_ids is None else task_ids.shape[0]
     scope = open_scope(call, None, entry.part, number, settings.copies if given is None else 1, masks)
     if task_ids is not None and scope.main is not None:
         task_ids = task_ids.to(scope.main.device)
-    goes_on = continues(call)
-    values = recall(id(state.runtime), call, state.runtime.values) if goes_on else {}
+    values, goes_on = recall(id(state.runtime), call, state.runtime.values, continues(call))
     values.pop("segments", None)  # of another call's rows
     if task_ids is not None and task_ids.shape[1] > 1:
         check_packed(state, task_ids, two_streams=entry.part.two_streams)
@@ -279,7 +277,7 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
         task_ids,
         [scope],
         settings,
-        continues=goes_on,
+        goes_on=goes_on,
         grad=torch.is_grad_enabled(),
         grad_expected=training and torch.is_grad_enabled(),
         values=values,

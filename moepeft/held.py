@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
 _HELD = "moepeft_held"
 
@@ -24,7 +24,7 @@ def hold(key: int, values: Mapping[str, Any], call: Mapping[str, Any], output: A
         call: the arguments by name.
         output: what the call returned.
     """
-    if not values or torch.compiler.is_compiling():
+    if not values:
         return
     caches = {id(cache): cache for cache in (call.get("past_key_values"), getattr(output, "past_key_values", None))}
     carriers = [cache for cache in caches.values() if hasattr(cache, "get_seq_length")]
@@ -34,10 +34,23 @@ def hold(key: int, values: Mapping[str, Any], call: Mapping[str, Any], output: A
         setattr(carrier, _HELD, {**getattr(carrier, _HELD, {}), key: values})
 
 
-def recall(key: int, call: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
-    """What the call that this one goes on from has left; `last` where neither cache nor encoder's output says so."""
-    for name in ("past_key_values", "encoder_outputs"):
-        held: Mapping[int, Mapping[str, Any]] = getattr(call.get(name), _HELD, {})
-        if key in held:
-            return dict(held[key])
-    return dict(last)
+def recall(
+    key: int, call: Mapping[str, Any], last: Mapping[str, Any], goes_on: bool | Tensor
+) -> tuple[dict[str, Any], bool | Tensor]:
+    """What the call that this one goes on from has left, and whether there is one.
+
+    Only where something is left does the host ask the device.
+
+    Args:
+        key: of the attachment.
+        call: the arguments by name.
+        last: what is taken where neither cache nor encoder's output says anything.
+        goes_on: whether the call goes on from another, or the number on the device that says so.
+    """
+    if goes_on is False:
+        return {}, False
+    carried = (getattr(call.get(name), _HELD, {}) for name in ("past_key_values", "encoder_outputs"))
+    left = dict(next((held[key] for held in carried if key in held), last))
+    if left:
+        goes_on = bool(goes_on)
+    return (left, goes_on) if goes_on is not False else ({}, False)

@@ -24,11 +24,11 @@ class Mask:
 
     Args:
         given: the tensor, of 2, 3 or 4 dimensions.
-        past: number of positions in the key-value cache before this call.
+        past: number of positions in the key-value cache before this call; on the device, it is read when it is needed.
         frames: lengths of audio -> number of positions that the model makes of them, if the mask is of frames.
     """
 
-    def __init__(self, given: Tensor, past: int = 0, frames: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, given: Tensor, past: int | Tensor = 0, frames: Callable[[Tensor], Tensor] | None = None) -> None:
         self.given = given
         self.past = past
         self.frames = frames
@@ -42,7 +42,7 @@ class Mask:
             if given.dim() == 4:
                 given = given[:, 0]
             if given.dim() == 3:
-                given = _own_keys(given, self.past)
+                given = _own_keys(given, int(self.past))
             self._real = _attended(given)
         return self._real
 
@@ -62,8 +62,9 @@ class Mask:
     def _lay(self, rows: int, tokens: int, copies: int) -> Tensor | None:
         real = self.real()
         if real.shape[1] != tokens:
-            if self.past and real.shape[1] == self.past + tokens:
-                real = real[:, self.past :]
+            past = int(self.past)
+            if past and real.shape[1] == past + tokens:
+                real = real[:, past:]
             elif self.frames is not None:
                 lengths = self.frames(real.sum(dim=1))
                 real = torch.arange(tokens, device=real.device) < lengths.unsqueeze(1)
@@ -76,7 +77,7 @@ class Mask:
         return real.repeat_interleave(copies, dim=0) if copies > 1 and real.shape[0] * copies == rows else None
 
 
-def mask_of(given: Any, past: int = 0, frames: Callable[[Tensor], Tensor] | None = None) -> Mask | None:
+def mask_of(given: Any, past: int | Tensor = 0, frames: Callable[[Tensor], Tensor] | None = None) -> Mask | None:
     """A call's argument as a mask; None if it is none, or of a form that says nothing of positions."""
     if isinstance(given, Mapping):  # one mask per kind of attention: padding is the same in all
         given = given.get("full_attention", next(iter(given.values()), None))

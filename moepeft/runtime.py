@@ -68,7 +68,7 @@ class Forward:
             one position for all positions.
         scopes: of the calls under way, the outermost first.
         settings: of its thread when it began.
-        continues: it continues an earlier one (cached decoding, a decoder after a separate encoder call).
+        goes_on: it continues an earlier one (cached decoding, a decoder after a separate encoder call).
         recomputes: it is a block that checkpointing computes again during backward.
         grad: autograd was on when it began.
         grad_expected: and the model was training.
@@ -88,7 +88,7 @@ class Forward:
     task_ids: Tensor | None = None
     scopes: list[Scope] = field(default_factory=lambda: [Scope()])
     settings: Settings = DEFAULT
-    continues: bool = False
+    goes_on: bool | Tensor = False
     recomputes: bool = False
     grad: bool = False
     grad_expected: bool = False
@@ -144,7 +144,7 @@ class Memory:
     task_ids: Tensor | None
     scope: Scope
     settings: Settings
-    continues: bool
+    goes_on: bool | Tensor
     values: Mapping[str, Any]
     prepared: Mapping[str, Any] = field(default_factory=dict)
     without_grad: bool = False
@@ -157,7 +157,7 @@ class Memory:
             raise MissingRouting(_SEVERAL)
         self.used = True
         again = Forward(
-            self.task_ids, [self.scope], self.settings, self.continues, recomputes=True, values=dict(self.values)
+            self.task_ids, [self.scope], self.settings, self.goes_on, recomputes=True, values=dict(self.values)
         )
         again.prepared = {} if self.without_grad else self.prepared
         return again
@@ -248,7 +248,7 @@ class Runtime:
         assert forward is not None
         values = {key: without_graph(value) for key, value in forward.values.items()}
         scope = forward.scope.past_the_call()
-        memory = Memory(forward.task_ids, scope, forward.settings, forward.continues, values, forward.prepared)
+        memory = Memory(forward.task_ids, scope, forward.settings, forward.goes_on, values, forward.prepared)
         memory.without_grad = not torch.is_grad_enabled()
         return memory
 
@@ -292,7 +292,7 @@ class Runtime:
         known = list(self.memories.values())
         waiting = [memory for memory in known if not memory.used] or known
         if not waiting:
-            return Memory(self.settings.task_ids, Scope(), self.settings, continues=False, values={})
+            return Memory(self.settings.task_ids, Scope(), self.settings, goes_on=False, values={})
         if any(not same_values(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
             raise MissingRouting(_SEVERAL)
         return waiting[-1]

@@ -176,7 +176,7 @@ class Router(nn.Module):
         """
         left = ctx.get(self.KEY)
         if left is not None:
-            again = ctx.recomputes or (ctx.continues and not self.config.hold)
+            again = ctx.recomputes or (not self.config.hold and ctx.continues)
             again = again or self.config.positions == "adapted"  # the table of positions is routed by as well
             if not (again and left.site == ctx.site.name):
                 return

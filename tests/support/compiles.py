@@ -1,8 +1,8 @@
 """Compile a host with adapters as one graph and compare: `python -m tests.support.compiles METHOD [definition]`.
 
-Values and gradients, for rows and lengths that change. With `masks` in place of `definition`: how many graphs models of
-transformers need for batches of one shape. A process of its own runs it: the compiler cannot trace what checks the
-shapes in the tests' process.
+Values and gradients, for rows and lengths that change. `masks` in place of `definition`: how many graphs models of
+transformers need for batches of one shape. `cache`: decoding with static caches. A process of its own runs it: the
+compiler cannot trace what checks the shapes in the tests' process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import StaticCache
 
 import moepeft
 from tests.support.hosts import HOSTS, batch, build, output
@@ -73,6 +74,42 @@ def count_graphs(spec: str) -> None:
         assert made[1] == made[-1], f"{spec} on {name}: {made} graphs after each batch"
 
 
+def decode(spec: str) -> None:
+    """Two texts in turn, each with a static cache that a GPU would count in: without a graph break, TuckA apart.
+
+    TuckA keeps the prompt's routing with the cache, and has to ask whether there was a prompt.
+    """
+    host = build("llama")
+    adapters = moepeft.attach(host, without_dropout(moepeft.method(spec, num_tasks=4)))
+    for parameter in host.parameters():  # a tiny model's layers hardly change what they are given
+        parameter.data.mul_(3.0)
+    for parameter in adapters.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    host(torch.tensor([[3, 4, 5]]), task_ids=1)
+    compiled = torch.compile(host, backend="eager", fullgraph=spec != "tucka")
+    texts = batch(host, rows=2, length=5)["input_ids"]
+    found, expected = (_decoded(model, texts) for model in (compiled, host))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def _decoded(model: Any, texts: torch.Tensor) -> torch.Tensor:
+    caches = [StaticCache(config=model.config, max_cache_len=16) for _ in texts]
+    logits = []
+    for step in range(4):
+        for task, (text, cache) in enumerate(zip(texts, caches, strict=True)):
+            given = text[None] if step == 0 else logits[-len(texts)].argmax(-1, keepdim=True)
+            places = torch.arange(len(text))[None] if step == 0 else torch.tensor([[len(text) + step - 1]])
+            call = {
+                "position_ids": places,
+                "past_key_values": cache,
+                "use_cache": True,
+                "task_ids": torch.tensor([task]),
+            }
+            logits.append(model(given, **call).logits[:, -1])
+    return torch.cat(logits)
+
+
 def without_dropout(factory: moepeft.AdapterFactory) -> moepeft.AdapterFactory:
     """Random draws of two runs cannot be compared."""
     fields = {field.name for field in dataclasses.fields(cast(Any, factory))}
@@ -82,5 +119,7 @@ def without_dropout(factory: moepeft.AdapterFactory) -> moepeft.AdapterFactory:
 if __name__ == "__main__":
     if "masks" in sys.argv[2:]:
         count_graphs(sys.argv[1])
+    elif "cache" in sys.argv[2:]:
+        decode(sys.argv[1])
     else:
         main(sys.argv[1], fast="definition" not in sys.argv[2:])

@@ -84,6 +84,9 @@ def test_every_phase_stays_on_the_device(walked: Any, host: str, label: str) -> 
     waits = {name: phase["waits"] for name, phase in phases.items() if name.startswith("steady")}
     assert {"steady step", "steady checkpointed step", "steady evaluation"} <= set(waits)
     ours = {name: [wait for wait in found if "transformers" not in wait] for name, found in waits.items()}
+    if not VARIANTS[label].capabilities.cache_consistent:
+        # What a prompt has left holds if the cache holds a prompt: the host asks once per token.
+        assert len(ours.pop("steady decoding", [])) <= 1
     assert not any(ours.values()), ours
 
 

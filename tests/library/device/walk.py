@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import moepeft
 from tests.support.hosts import VOCABULARY, build
@@ -106,6 +107,17 @@ class Walk:
         with self.adapters.route(task_ids=self.ids):
             self.model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
+    def prefill(self) -> None:
+        """A prompt into a cache that counts its positions on the device."""
+        self.cache = StaticCache(config=self.model.config, max_cache_len=16)
+        self.decode(self.inputs["input_ids"])
+
+    def decode(self, given: Tensor | None = None) -> None:
+        given = self.inputs["input_ids"][:, :1] if given is None else given
+        places = torch.arange(given.shape[1], device="cuda").expand(given.shape)
+        with torch.no_grad():
+            self.model(given, position_ids=places, past_key_values=self.cache, use_cache=True, task_ids=self.ids)
+
     def move(self) -> None:
         """A training forward on the host, and the step after the model has come back to the device."""
         self.model.to("cpu").train()
@@ -132,6 +144,8 @@ class Walk:
             phases["merge"] = self.merge
         if "labels" in self.inputs:
             phases["generate"] = self.generate
+        if self.host == "llama":
+            phases |= {"prefill": self.prefill, "steady decoding": self.decode}
         return {**phases, "move": self.move, "detach": self.detach}
 
 

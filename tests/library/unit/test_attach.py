@@ -201,6 +201,14 @@ def test_a_compiled_model_meets_new_masks_without_compiling_again(method: str) -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ept", "mixlora", "tucka"])
+def test_a_compiled_model_decodes_two_texts_in_turn_with_static_caches(method: str) -> None:
+    command = [sys.executable, "-m", "tests.support.compiles", method, "cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("factory", ["ept", moepeft.LoRA, None, {"rank": 8}])
 def test_what_is_no_configured_method_is_refused_before_the_model_is_touched(factory: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
