@@ -72,7 +72,7 @@ class SuiteClaim(_Claim):
             return None
         words = (
             f"{study.folder.name}, {study.steps} steps, {difference.seeds} seeds: "
-            f"{100 * difference.estimate:+.1f} ± {100 * difference.half_width:.1f} points"
+            f"{100 * difference.estimate:+z.1f} ± {100 * difference.half_width:.1f} points"
         )
         links = (Link(study.folder.name, f"{study.folder.name}/tables/scores.md"),)
         edges = {trials.method for trials in find_trials(study.frame, endpoint) if trials.at_edge}

@@ -97,7 +97,7 @@ def _tell_study(study: Study) -> str:
 
 
 def _tell_difference(row: pd.Series) -> str:
-    return f"{row['method']} ({100 * row['difference']:+.1f} ± {100 * row['half_width']:.1f} points)"
+    return f"{row['method']} ({100 * row['difference']:+z.1f} ± {100 * row['half_width']:.1f} points)"
 
 
 # ---------------------------------------------------------------------- the mechanisms

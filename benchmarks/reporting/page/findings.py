@@ -54,7 +54,7 @@ def _suite_rows(method: str, tables: Path) -> Iterator[dict[str, str]]:
             "mean score": f"{100 * mean['mean']:.1f} ± {100 * mean['half_width']:.1f} ({mean['task']})",
             "minus the reference": "n/a"
             if compared is None
-            else f"{100 * compared['difference']:+.1f} ± {100 * compared['half_width']:.1f}: {compared['verdict']}",
+            else f"{100 * compared['difference']:+z.1f} ± {100 * compared['half_width']:.1f}: {compared['verdict']}",
             "parameters": "n/a" if size is None else f"{int(size['adapter']):,}",
             "step / bare forward": "n/a" if speed is None else f"{speed['train_over_bare']:.2f}",
         }
