@@ -87,15 +87,21 @@ class Trainer:
         return losses
 
     def rehearse(self, batch: Batch) -> None:
-        """Forward and backward of a step that leaves nothing behind, so that a compiler has seen the batch's shape."""
-        tensors = (*self.parameters, *self.model.buffers())
-        before = [tensor.detach().clone() for tensor in tensors]
-        self._backward(batch)
-        if self.attachment is not None:
-            self.attachment.after_step()  # takes what the forward has counted
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+        """Forward and backward that leave nothing behind, so that a compiler has seen the batch's shape.
+
+        Twice: a first forward is another graph than all that follow, and a method may start from its first batch.
+        """
+        trained = {id(parameter) for parameter in self.parameters}
+        names = [name for name, parameter in self.model.named_parameters() if id(parameter) in trained]
+        names += [name for name, _ in self.model.named_buffers()]
+        state = self.model.state_dict()
+        before = {name: state[name].clone() for name in names if name in state}
+        for _ in range(2):
+            self._backward(batch)
+            if self.attachment is not None:
+                self.attachment.after_step()  # takes what the forward has counted
+        # Loaded, not copied: a module may know beside its tensors that it has started.
+        self.model.load_state_dict(before, strict=False)
         self.optimiser.zero_grad(set_to_none=True)
 
     def scored_weights(self) -> AbstractContextManager[None]:
@@ -257,23 +263,13 @@ class _Clock:
     device: torch.device
     _since: float = 0.0
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """What happens inside counts."""
-        self._start()
-        try:
-            yield
-        finally:
-            self._stop()
+        return _between(self._start, self._stop)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """What happens inside does not count."""
-        self._stop()
-        try:
-            yield
-        finally:
-            self._start()
+        return _between(self._stop, self._start)
 
     def _start(self) -> None:
         synchronise(self.device)
@@ -282,3 +278,12 @@ class _Clock:
     def _stop(self) -> None:
         synchronise(self.device)
         self.log.seconds += time.perf_counter() - self._since
+
+
+@contextmanager
+def _between(before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    before()
+    try:
+        yield
+    finally:
+        after()

@@ -111,11 +111,11 @@ def pretended_compiler(model: nn.Module, mode: str) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("name", ["lora", "smora", "mixlora"])
+@pytest.mark.parametrize("name", ["lora", "smora", "mixlora", "tucka", "flylora"])
 def test_what_compiling_takes_is_in_no_time_and_changes_no_number(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """SMoRA counts tokens in every forward and moves its biases after a step; MixLoRA has a loss of its own."""
+    """SMoRA and FlyLoRA count tokens and move their biases after a step; TuckA starts from the first batch."""
     monkeypatch.setattr(benchmarks.families.base, "compiled_call", pretended_compiler)
     method = parse_method(name, 1)
     found = []
