@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -29,6 +28,7 @@ from .runtime import Forward, Memory, Runtime
 from .sites import LinearSite
 from .state import ENTRY, Entry, State, entries_of
 from .stepping import check_stepped
+from .unused import name_the_unused
 
 # Their blocks take (positions, rows, features): it matters where there are as many positions as rows.
 _SEQUENCE_FIRST = ("xlnet", "fsmt")
@@ -167,7 +167,7 @@ def _enter(
             runtime.end()
         if runtime.last.grad_expected and not entry.state.uses_checked and not torch.compiler.is_compiling():
             entry.state.uses_checked = True
-            _name_the_unused(entry.state)
+            name_the_unused(entry.state)
         return output
     _open(forward, entry, call)
     if torch.is_grad_enabled():
@@ -182,20 +182,6 @@ def _enter(
         return inner()
     finally:
         forward.scopes.pop()
-
-
-def _name_the_unused(state: State) -> None:
-    """After the first training forward, say which adapters took no part: they are counted and get no gradient."""
-    idle = [site.name for site in state.sites if not state.slot(site).has_run]
-    compiled = any(module._compiled_call_impl is not None for module in state.model.modules())
-    if idle and not compiled and len(idle) < len(state.sites):  # layers that are compiled note nothing
-        ends = sorted({name.rsplit(".", 1)[-1] for name in idle})
-        warnings.warn(
-            f"{len(idle)} of {len(state.sites)} adapted layers did not run in the first training forward, e.g. "
-            f"{idle[0]!r}: their adapters train only where the inputs reach them, and DistributedDataParallel needs "
-            f"find_unused_parameters. To leave them out: attach(exclude={ends[:6]!r})",
-            stacklevel=2,
-        )
 
 
 def _check_gradient(forward: Forward, entry: Entry) -> None:

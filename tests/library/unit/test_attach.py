@@ -175,6 +175,22 @@ def test_an_interrupted_forward_leaves_no_trace() -> None:
     output(model, batch(model), task_ids=IDS)
 
 
+def test_layers_that_no_training_forward_reaches_are_named() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.used(x)
+            return output
+
+    half = Half().train()
+    moepeft.attach(half, moepeft.LoRA())
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers did not run"):
+        half(torch.randn(2, 4, requires_grad=True))
+
+
 def test_summary_says_what_is_there() -> None:
     adapters = moepeft.attach(build("bert"), moepeft.method("moelora", num_tasks=4))
     text = adapters.summary()
