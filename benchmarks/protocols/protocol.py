@@ -186,7 +186,7 @@ class Protocol(Frozen):
         if others:
             raise ValueError(f"endpoint_tasks names {', '.join(others)}, which tasks does not list")
         if self.scarce_rows is not None and not self.endpoint_tasks:
-            raise ValueError("scarce_rows needs endpoint_tasks, the tasks that are to have few rows; see --suite transfer")
+            raise ValueError("scarce_rows needs endpoint_tasks, the tasks that have few rows: see --suite transfer")
         return self
 
     @model_validator(mode="after")
