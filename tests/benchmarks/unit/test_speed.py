@@ -526,14 +526,14 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is called is the compiled module, and merged models are left out."""
     compiled = []
 
-    def compile_and_note(model: nn.Module) -> Any:
-        compiled.append(model)
+    def compile_and_note(model: nn.Module, mode: str) -> Any:
+        compiled.append(mode)
         return model
 
     monkeypatch.setattr(torch, "compile", compile_and_note)
     arguments = ["--backbone", "8x8", "--methods", "tucka", "--mode", "prefill", "--inference-rows", "1", "--compile"]
     assert run(*arguments, "--results", str(tmp_path)) == 0
-    assert len(compiled) == 4  # the bare model twice, the reference, the method
+    assert compiled == ["default"] * 4  # the bare model twice, the reference, the method
     assert "(merged)" not in (tmp_path / "tables" / "speed-8x8-compile-cpu.md").read_text()
 
 
