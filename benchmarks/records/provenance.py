@@ -64,8 +64,13 @@ def code_state() -> tuple[str | None, bool | None]:
 
 
 def _git(git: str, *arguments: str) -> str | None:
+    # A `git status` that is killed with its run would leave a lock behind, and the user could commit nothing.
     done = subprocess.run(  # noqa: S603 - fixed arguments
-        [git, "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False, timeout=60
+        [git, "--no-optional-locks", "-C", str(ROOT), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return done.stdout.strip() if done.returncode == 0 else None
 

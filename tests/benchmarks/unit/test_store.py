@@ -7,12 +7,14 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from benchmarks.records import provenance
 from benchmarks.records.schema import CurvePoint
 from benchmarks.records.store import RecordError, Store
 from tests.support.record_factory import make_cell, make_record, make_routing
@@ -226,3 +228,25 @@ def test_routing_of_many_sites_comes_back_from_a_small_file(tmp_path):
     assert written.routing == routing
     assert written.traceback == trace
     assert record_file(store).stat().st_size < 150_000
+
+
+def test_asking_git_leaves_the_users_repository_as_it_was(tmp_path, monkeypatch):
+    """`git status` likes to write its index anew: killed with a run, it left a lock, and nothing could be committed."""
+
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", str(tmp_path), *author, *arguments], check=True, capture_output=True)
+
+    code = tmp_path / "moepeft" / "code.py"
+    code.parent.mkdir()
+    code.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    os.utime(code, (1, 1))  # the index holds another time: it is stale
+    index = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    commit, changed = provenance.code_state()
+    assert commit is not None
+    assert changed is False
+    assert (tmp_path / ".git" / "index").read_bytes() == index
