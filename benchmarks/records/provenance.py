@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -53,8 +54,12 @@ def gather(device: torch.device, precision: str, command: str) -> Provenance:
     )
 
 
+@functools.cache
 def code_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether the code differs from it; (None, None) outside of a git checkout."""
+    """Commit, and whether the code differs from it; (None, None) outside of a git checkout.
+
+    It is the state at the first call: what is committed while a study runs is not the code that runs.
+    """
     git = shutil.which("git")
     if git is None:
         return None, None

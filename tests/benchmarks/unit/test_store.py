@@ -230,23 +230,41 @@ def test_routing_of_many_sites_comes_back_from_a_small_file(tmp_path):
     assert record_file(store).stat().st_size < 150_000
 
 
-def test_asking_git_leaves_the_users_repository_as_it_was(tmp_path, monkeypatch):
-    """`git status` likes to write its index anew: killed with a run, it left a lock, and nothing could be committed."""
-
-    def git(*arguments: str) -> None:
-        author = ("-c", "user.name=A", "-c", "user.email=a@b.c")
-        subprocess.run(["git", "-C", str(tmp_path), *author, *arguments], check=True, capture_output=True)
-
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with one file of code; what is asked of its state is forgotten before and after."""
     code = tmp_path / "moepeft" / "code.py"
     code.parent.mkdir()
     code.write_text("1")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "one")
-    os.utime(code, (1, 1))  # the index holds another time: it is stale
-    index = (tmp_path / ".git" / "index").read_bytes()
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "one")
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    provenance.code_state.cache_clear()
+    yield tmp_path
+    provenance.code_state.cache_clear()
+
+
+def git(folder: Path, *arguments: str) -> None:
+    author = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+    subprocess.run(["git", "-C", str(folder), *author, *arguments], check=True, capture_output=True)
+
+
+def test_asking_git_leaves_the_users_repository_as_it_was(checkout):
+    """`git status` likes to write its index anew: killed with a run, it left a lock, and nothing could be committed."""
+    os.utime(checkout / "moepeft" / "code.py", (1, 1))  # the index holds another time: it is stale
+    index = (checkout / ".git" / "index").read_bytes()
     commit, changed = provenance.code_state()
     assert commit is not None
     assert changed is False
-    assert (tmp_path / ".git" / "index").read_bytes() == index
+    assert (checkout / ".git" / "index").read_bytes() == index
+
+
+def test_a_commit_made_while_a_study_runs_is_not_its_code(checkout):
+    begun = provenance.code_state()
+    (checkout / "moepeft" / "code.py").write_text("2")
+    assert provenance.code_state() == begun
+    git(checkout, "commit", "-am", "two")
+    assert provenance.code_state() == begun
+    provenance.code_state.cache_clear()
+    assert provenance.code_state() != begun
