@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from benchmarks.reporting.figures.style import (
     write_svg,
 )
 
+BREADTH = 0.7
+"""Of a word's place on the axis, where methods stand side by side."""
+
 
 def can_draw(experiment: Experiment) -> bool:
     """Whether the experiment varies one field, which is the axis or tells the panels apart."""
@@ -37,12 +41,12 @@ def draw_scores(experiment: Experiment, frame: pd.DataFrame, description: str) -
         for plot, panel in zip(plots, panels, strict=True):
             field = next(iter(experiment.vary))
             some = frame if panel is None else frame[frame[field] == panel]
-            for number, name in enumerate(some["method"].unique()):
-                _draw_line(plot, some[some["method"] == name], axis, name, number)
+            names = some["method"].unique()
+            for number, name in enumerate(names):
+                aside = BREADTH * ((number + 0.5) / len(names) - 0.5)
+                _draw_line(plot, some[some["method"] == name], axis, name, number, aside)
             if not by_size:
-                bound = some.groupby(axis, sort=False)["bound"].mean()
-                positions = np.arange(len(bound)) if bound.index.dtype == object else bound.index
-                plot.plot(positions, bound, color=BASELINE_COLOUR, linestyle="dotted", label=BOUND)
+                _draw_bound(plot, some.groupby(axis, sort=False)["bound"].mean())
             else:
                 plot.axhline(some["bound"].mean(), color=BASELINE_COLOUR, linestyle="dotted", label=BOUND)
                 plot.set_xscale("log")
@@ -54,8 +58,24 @@ def draw_scores(experiment: Experiment, frame: pd.DataFrame, description: str) -
         return write_svg(figure, description)
 
 
-def _draw_line(plot, some: pd.DataFrame, axis: str, name: str, number: int) -> None:  # type: ignore[no-untyped-def]
-    """One method: means over seeds with their intervals."""
+def _draw_bound(plot, bound: pd.Series) -> None:  # type: ignore[no-untyped-def]
+    """What a task-blind answer reaches at most: a line over numbers, a dash at every word."""
+    how = {"colors" if _are_words(bound.index) else "color": BASELINE_COLOUR, "linestyle": "dotted", "label": BOUND}
+    if _are_words(bound.index):
+        places = np.arange(len(bound))
+        plot.hlines(bound, places - BREADTH / 2, places + BREADTH / 2, **how)
+    else:
+        plot.plot(bound.index, bound, **how)
+
+
+def _are_words(places: Iterable[object]) -> bool:
+    return any(isinstance(place, str) for place in places)
+
+
+def _draw_line(  # type: ignore[no-untyped-def]
+    plot, some: pd.DataFrame, axis: str, name: str, number: int, aside: float
+) -> None:
+    """One method: means over seeds with their intervals; words have no order, so no line joins them."""
     if axis == "parameters":
         groups: list[tuple[Any, pd.Series]] = [
             (group["parameters"].mean(), group["score"]) for _, group in some.groupby("size")
@@ -63,15 +83,15 @@ def _draw_line(plot, some: pd.DataFrame, axis: str, name: str, number: int) -> N
     else:
         groups = [(value, group["score"]) for value, group in some.groupby(axis, sort=False)]
     places = [place for place, _ in groups]
-    words = any(isinstance(place, str) for place in places)
+    words = _are_words(places)
     means, halves = zip(*(interval(scores.dropna().tolist()) for _, scores in groups), strict=True)
     plot.errorbar(
-        np.arange(len(places)) if words else places,
+        np.arange(len(places)) + aside if words else places,
         means,
         yerr=np.nan_to_num(halves),
         color=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
-        linestyle=LINES[number // len(COLOURS) % len(LINES)],
+        linestyle="none" if words else LINES[number // len(COLOURS) % len(LINES)],
         capsize=2,
         label=name,
     )

@@ -78,22 +78,24 @@ def scores_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
 
 
 def pairs_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
-    """All pairs of methods on the last teacher of the file, paired by seed."""
-    where = dict(_teachers(experiment, frame).iloc[-1])
-    data = compare_pairs(frame[_matches(frame, where)])
-    text = pd.DataFrame(
-        {
-            "better": data["better"],
-            "worse": data["worse"],
-            "difference": [f"{d:.3f} ± {h:.3f}" for d, h in zip(data["difference"], data["half"], strict=True)],
-            "p (Holm)": [f"{p:.3g}" for p in data["p_holm"]],
-            "verdict": ["decided" if decided else "undecided" for decided in data["decided"]],
-        }
-    )
+    """All pairs of methods, paired by seed: on every teacher where a word tells them apart, else on the last one."""
+    teachers = _each(_teachers(experiment, frame))
+    compared = teachers if any(isinstance(value, str) for value in teachers[0].values()) else teachers[-1:]
+    parts = [_test_pairs(frame[_matches(frame, where)]).assign(teacher=_heading(where)) for where in compared]
+    data = _adjust(pd.concat(parts, ignore_index=True))
+    columns = {
+        "teacher": data["teacher"],
+        "better": data["better"],
+        "worse": data["worse"],
+        "difference": [f"{d:.3f} ± {h:.3f}" for d, h in zip(data["difference"], data["half"], strict=True)],
+        "p (Holm)": [f"{p:.3g}" for p in data["p_holm"]],
+        "verdict": ["decided" if decided else "undecided" for decided in data["decided"]],
+    }
+    text = pd.DataFrame(columns).drop(columns=[] if len(compared) > 1 else ["teacher"])
     notes = (
         (
-            f"{int(data['decided'].sum())} of {len(data)} pairs are decided at {_heading(where)}: paired t over seeds, "
-            "adjusted by Holm over all pairs of this table."
+            f"{int(data['decided'].sum())} of {len(data)} pairs are decided at "
+            f"{', '.join(map(_heading, compared))}: paired t over seeds, adjusted by Holm over all pairs of this table."
         ),
     )
     return Table(f"{experiment.name}-pairs", f"All pairs ({experiment.name})", text, data, notes)
@@ -111,6 +113,11 @@ def compare_pairs(frame: pd.DataFrame, column: str = "score") -> pd.DataFrame:
         seeds); `p`, two-sided; `p_holm`, adjusted over all rows; `decided`. Decided pairs first, the largest difference
         first.
     """
+    return _adjust(_test_pairs(frame, column))
+
+
+def _test_pairs(frame: pd.DataFrame, column: str = "score") -> pd.DataFrame:
+    """The rows of `compare_pairs` as they are tested: the better method first."""
     scores = frame.pivot_table(index="seed", columns="method", values=column, dropna=False)
     tested = []
     for first, second in combinations(scores.columns, 2):
@@ -119,12 +126,15 @@ def compare_pairs(frame: pd.DataFrame, column: str = "score") -> pd.DataFrame:
             continue
         p = float(stats.ttest_1samp(difference, 0.0).pvalue)
         mean, half = interval(difference.tolist())
-        tested.append({"better": first, "worse": second, "difference": mean, "half": half, "p": p})
-    data = pd.DataFrame(tested, columns=["better", "worse", "difference", "half", "p"])
-    data["p_holm"] = multipletests(data["p"].fillna(1.0), method="holm")[1] if len(data) else []
-    turned = data["difference"] < 0
-    data.loc[turned, ["better", "worse"]] = data.loc[turned, ["worse", "better"]].to_numpy()
-    data["difference"] = data["difference"].abs()
+        better, worse = (second, first) if mean < 0 else (first, second)
+        tested.append({"better": better, "worse": worse, "difference": abs(mean), "half": half, "p": p})
+    return pd.DataFrame(tested, columns=["better", "worse", "difference", "half", "p"])
+
+
+def _adjust(tested: pd.DataFrame) -> pd.DataFrame:
+    """Holm's adjustment over all rows; decided rows first, the largest difference first."""
+    adjusted = multipletests(tested["p"].fillna(1.0), method="holm")[1] if len(tested) else []
+    data = tested.assign(p_holm=adjusted)
     data["decided"] = data["p_holm"] < 1 - LEVEL
     return data.sort_values(["decided", "difference"], ascending=False, ignore_index=True)
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import pandas as pd
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
+SPEED_OF = "Speed of "
+"""Begins the heading of the tables of `benchmarks.speed`; the model follows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Table:

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.instruments.memory import held, memory_kind
 from benchmarks.records.schema import Provenance
 from benchmarks.reporting.footnotes import hardware
-from benchmarks.reporting.render import Table, to_markdown
+from benchmarks.reporting.render import SPEED_OF, Table, to_markdown
 from benchmarks.speed.growth import Growth
 from benchmarks.speed.options import Options
 from benchmarks.speed.rows import Group, Row
@@ -164,7 +164,7 @@ def compare(
     weights = held(host.parameters(), torch.device("cpu")) / _MEBI
     notes = [note.format(tasks=options.tasks, peak=memory_kind(device), weights=weights) for note in NOTES]
     return Outcome(
-        f"Speed of {options.described}",
+        f"{SPEED_OF}{options.described}",
         [group_table(group, reference) for group in groups],
         (*notes, *_failures(unbuilt)),
         [*unbuilt, *(row for group in groups for row in group.rows)],

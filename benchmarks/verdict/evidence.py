@@ -21,6 +21,7 @@ from benchmarks.records.frame import Results
 from benchmarks.reporting.comparison import comparison_table
 from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.page.data import gather_tables
+from benchmarks.reporting.render import SPEED_OF
 from benchmarks.reporting.views import choose_reference
 
 UNHEARD = 1e-6
@@ -204,9 +205,10 @@ class Evidence:
 
     @cached_property
     def speed(self) -> list[dict[str, Any]]:
-        """Finished tables of `benchmarks.speed`."""
+        """Finished tables of `benchmarks.speed`, titled with the model that they are of."""
         folders = self.folders("speed*/tables")
-        return [dict(table) for folder in folders for table in gather_tables(folder / "tables")]
+        tables = [table for folder in folders for table in gather_tables(folder / "tables")]
+        return [{**table, "title": f"{table['title']} ({table['under'].removeprefix(SPEED_OF)})"} for table in tables]
 
     @cached_property
     def counts(self) -> pd.DataFrame:

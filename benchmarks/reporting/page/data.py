@@ -214,17 +214,22 @@ def gather_tables(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def read_tables(path: Path) -> list[dict[str, Any]]:
-    """The tables of a Markdown file that this project wrote: a heading, the table, its notes as a list."""
+    """The tables of a Markdown file that this project wrote: a heading, the table, its notes as a list.
+
+    `under` is the heading of the second level that a table stands under.
+    """
     tables: list[dict[str, Any]] = []
-    title, inside = path.stem, False
+    title, under, inside = path.stem, "", False
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("|") and not inside:
             columns = _read_cells(line)
-            tables.append({"title": title, "file": path.as_posix(), "columns": columns, "rows": [], "notes": []})
+            about = {"title": title, "under": under, "file": path.as_posix()}
+            tables.append(about | {"columns": columns, "rows": [], "notes": []})
         elif line.startswith("|") and not set(line) <= set("|:- "):
             tables[-1]["rows"].append(_read_cells(line))
         elif line.startswith("#"):
             title = line.lstrip("# ")
+            under = title if line.startswith("## ") else under
         elif line.startswith("- ") and tables:
             tables[-1]["notes"].append(line[2:])
         inside = line.startswith("|")

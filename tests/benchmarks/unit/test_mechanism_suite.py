@@ -197,6 +197,28 @@ def test_pairs_are_paired_by_seed_and_adjusted_by_holm() -> None:
     assert table["decided"].tolist() == [True, False, False]
 
 
+def test_pairs_of_teachers_without_an_order_are_all_compared() -> None:
+    """Among words the last one is no more of an answer than the first; numbers are compared at the last one."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        [
+            {"method": name, "seed": seed, "score": place + rng.normal(), "structure": word, "tasks": tasks}
+            for word, tasks in (("low_rank", 2), ("pyramid", 8))
+            for name, place in (("a", 0.0), ("b", 9.0), ("c", 0.0))
+            for seed in range(6)
+        ]
+    )
+    words = pairs_table(TINY.model_copy(update={"vary": {"structure": ("low_rank", "pyramid")}}), frame)
+    assert words.data.groupby("teacher").size().to_dict() == {"low_rank": 3, "pyramid": 3}
+    assert sorted(words.text["teacher"].unique()) == ["low_rank", "pyramid"]
+    assert words.data["p_holm"].min() == pytest.approx(6 * words.data["p"].min())
+    assert words.data["decided"].sum() == 4
+    assert "4 of 6 pairs are decided at low_rank, pyramid" in words.notes[0]
+    numbers = pairs_table(TINY.model_copy(update={"vary": {"tasks": (2, 8)}}), frame)
+    assert set(numbers.data["teacher"]) == {"8"}
+    assert "teacher" not in numbers.text
+
+
 # ---------------------------------------------------------------------- files
 
 

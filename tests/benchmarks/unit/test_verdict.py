@@ -139,13 +139,12 @@ def test_nothing_is_decided_above_a_method_whose_rate_is_at_an_edge() -> None:
 def test_merged_without_latency_is_what_the_tables_say(tmp_path: Path) -> None:
     folder = tmp_path / "speed-merged" / "tables"
     folder.mkdir(parents=True)
-    text = (
-        "### Prefill\n\n| contestant | x peft |\n|:--|--:|\n| frozen | 0.77 (0.73 to 0.79) |\n| ept (merged) | {} |\n"
-    )
+    text = "## Speed of minilm, fp32\n\n### Prefill\n\n| contestant | x peft |\n|:--|--:|\n| frozen | 0.77 (0.73 to 0.79) |\n| ept (merged) | {} |\n"
     one = MergeClaim(text="?", source="?", kind="merges", method="ept")
     for cell, ruling in (("0.75 (0.73 to 0.79)", "reproduced"), ("0.95 (0.93 to 0.99)", "not reproduced")):
         (folder / "speed.md").write_text(text.format(cell))
         assert rule_on_claims(Evidence(tmp_path), [one])[0].ruling == ruling
+    assert Evidence(tmp_path).merged[0].link.text == "Prefill (minilm, fp32)"  # tables of two models differ by it
     assert rule_on_claims(Evidence(tmp_path / "nowhere"), [one])[0].ruling == "untested here"
     other = one.model_copy(update={"method": "mixlora"})
     assert rule_on_claims(Evidence(tmp_path), [other])[0].ruling == "not reproduced"
