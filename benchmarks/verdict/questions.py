@@ -26,9 +26,10 @@ from benchmarks.verdict.evidence import (
 def answer_all(evidence: Evidence) -> list[Answer]:
     """All seven, in the order of the page."""
     contradicting, *others = (question.answer(evidence) for question in QUESTIONS)
+    studies = [study for study in _compared(evidence) if study.contradicts]
     return [
         answer_related(evidence),
-        _with_studies(contradicting, [study for study in _compared(evidence) if study.contradicts]),
+        _with_studies(_with_structures(contradicting, evidence), studies),
         *others,
         answer_fastest(evidence),
     ]
@@ -62,6 +63,18 @@ def _with_studies(answer: Answer, studies: Sequence[Study]) -> Answer:
         sentences=(*answer.sentences, *map(_tell_study, studies)),
         evidence=(*answer.evidence, *(_link_study(study, "comparison") for study in studies)),
     )
+
+
+def _with_structures(answer: Answer, evidence: Evidence) -> Answer:
+    """The answer, and who is best at each kind of update: some methods are made for one."""
+    found = evidence.mechanisms.get("structures")
+    if found is None:
+        return answer
+    kinds = dict.fromkeys(found.frame["structure"])
+    told = "; ".join(f"{kind}: {find_best(_contest(found, structure=kind)).choice}" for kind in kinds)
+    shared = ", ".join(f"{field} {value}" for field, value in found.asked.experiment.teacher.items())
+    sentence = f"Best by the kind of update that tasks ask for, at {shared}: {told}."
+    return replace(answer, sentences=(*answer.sentences, sentence), evidence=(*answer.evidence, _link(found, "scores")))
 
 
 def _choose_related(study: Study) -> str:

@@ -139,7 +139,10 @@ def test_nothing_is_decided_above_a_method_whose_rate_is_at_an_edge() -> None:
 def test_merged_without_latency_is_what_the_tables_say(tmp_path: Path) -> None:
     folder = tmp_path / "speed-merged" / "tables"
     folder.mkdir(parents=True)
-    text = "## Speed of minilm, fp32\n\n### Prefill\n\n| contestant | x peft |\n|:--|--:|\n| frozen | 0.77 (0.73 to 0.79) |\n| ept (merged) | {} |\n"
+    text = (
+        "## Speed of minilm, fp32\n\n### Prefill\n\n"
+        "| contestant | x peft |\n|:--|--:|\n| frozen | 0.77 (0.73 to 0.79) |\n| ept (merged) | {} |\n"
+    )
     one = MergeClaim(text="?", source="?", kind="merges", method="ept")
     for cell, ruling in (("0.75 (0.73 to 0.79)", "reproduced"), ("0.95 (0.93 to 0.99)", "not reproduced")):
         (folder / "speed.md").write_text(text.format(cell))
@@ -148,6 +151,15 @@ def test_merged_without_latency_is_what_the_tables_say(tmp_path: Path) -> None:
     assert rule_on_claims(Evidence(tmp_path / "nowhere"), [one])[0].ruling == "untested here"
     other = one.model_copy(update={"method": "mixlora"})
     assert rule_on_claims(Evidence(tmp_path), [other])[0].ruling == "not reproduced"
+
+
+def test_the_best_is_told_for_every_kind_of_update() -> None:
+    one, other = pretend(SCORES, swap_loss=0.5), pretend(SCORES | {"lora": [1.6, 1.7, 1.5, 1.6]}, swap_loss=0.5)
+    frame = pd.concat([one.frame.assign(structure="pool"), other.frame.assign(structure="nested")])
+    asked = one.asked.model_copy(update={"experiment": CONFLICT.model_copy(update={"teacher": {"conflict": 0.25}})})
+    answer = answered("contradict", conflict=one, structures=Mechanism(asked, frame))
+    (told,) = (sentence for sentence in answer.sentences if "kind of update" in sentence)
+    assert "at conflict 0.25: pool: more (as good: moelora); nested: lora." in told
 
 
 def test_an_oracle_is_no_answer() -> None:
