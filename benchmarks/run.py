@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.plan.study import Study
     from benchmarks.plan.tuning import Tuned
     from benchmarks.protocols.protocol import Suite
+    from benchmarks.records.schema import RunRecord
     from benchmarks.records.store import Store
 
 EXIT_OK, EXIT_CELL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -237,7 +238,7 @@ class _Command:
 
     def _conclude(self, part: Part, *, complete: bool) -> int:
         """Print the tables, verify the budgets, choose the exit code."""
-        from benchmarks.records.identity import budget_differences
+        from benchmarks.records.identity import budget_differences, left_behind
         from benchmarks.records.trials import trial_store
         from benchmarks.reporting.build import write_report
         from benchmarks.reporting.page.write import write_page
@@ -258,7 +259,16 @@ class _Command:
             say("cells of other shards are missing: the shard that ends last writes the tables")
         problems = budget_differences([*store.all(), *trial_store(store.root).all()])
         for problem in problems:
-            say(f"error: {problem}; run these cells again with --rerun all")
+            say(f"error: {problem}; run these cells again with --rerun all, trials after deleting their records")
+        for record in left_behind(store.all(), [planned.cell for planned in part.cells]):
+            say(
+                f"{_at_rate(record)} was run before its trials chose another rate: delete "
+                f"{store.records_folder}/*-{record.cell.id}.json, or the tables have a row for each rate"
+            )
+        for record in trial_store(store.root).all():
+            if record.status != "ok" and record.cell.method in self.study.methods:
+                say(f"trial of {_at_rate(record)}: {record.status}: {record.reason}")
+                say("a trial that failed counts as the worst score; --rerun failed tries it again")
         failed = part.failed()
         for record in failed:
             say(f"{record.cell.method} seed {record.cell.seed}: {record.status}: {record.reason}")
@@ -267,6 +277,11 @@ class _Command:
         for line in closing:
             say(line)
         return EXIT_CELL_FAILED if problems or failed else EXIT_OK
+
+
+def _at_rate(record: RunRecord) -> str:
+    cell = record.cell
+    return f"{cell.method} at {cell.protocol.learning_rate:g}, seed {cell.seed}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def stored_heads(
 def _key(tasks: Sequence[TokenisedTask], protocol: Protocol, source: BackboneSource) -> str:
     """What features and fits depend on: the backbone and what heads read of it, the rows, the rule of the fit."""
     rule = [FORMAT, source.identity, protocol.pooling, STRENGTHS, FOLDS, ITERATIONS]
+    rule += [] if protocol.base_dtype == "fp32" else [protocol.base_dtype]
     digest = hashlib.sha256(json.dumps(rule).encode())
     for task in tasks:
         spec = task.spec

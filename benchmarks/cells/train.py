@@ -111,7 +111,8 @@ class Trainer:
     def account(self) -> str:
         """What the optimiser did, as it says itself: equal for all methods of a comparison, whatever their rates."""
         settings = {name: self.optimiser.defaults[name] for name in ("betas", "eps")}
-        decay = sorted({group["weight_decay"] for group in self.optimiser.param_groups})
+        # Vectors never decay. Whether a method has any is its own affair, and no difference of budgets.
+        decay = sorted({0.0, *(group["weight_decay"] for group in self.optimiser.param_groups)})
         rates = [group["lr"] / group["initial_lr"] for group in self.optimiser.param_groups]
         return (
             f"{type(self.optimiser).__name__} {settings}, weight decay {decay}, norm clipped at {self.clip_norm}, "

@@ -88,7 +88,7 @@ class Call:
         start = time.monotonic()
         with log.open("wb") as file:
             process = subprocess.Popen(  # noqa: S603 - commands of this module
-                [sys.executable, *stage.words],
+                [sys.executable, *stage.words, *(stage.again if self._has_failed(stage) else ())],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **_OFFLINE},

@@ -53,12 +53,14 @@ class Stage:
         words: what Python is called with.
         output: what the command writes last.
         resumes: whether the command goes on where it was stopped; else one call must be long enough for it.
+        again: what is added to the words where the command failed before.
     """
 
     name: str
     words: tuple[str, ...]
     output: Path
     resumes: bool = False
+    again: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -138,7 +140,8 @@ def _suite(options: Options, name: str, suite: str, full: tuple[str, ...], tiny:
         # fp32, as on a CPU. The steps of a small model are launches, of which autocast makes more.
         flags += [*full, "--data-dir", str(options.data_dir), "--device", "cuda", "--precision", "fp32"]
         flags += ["--jobs", str(options.jobs)]
-    return Stage(name, ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md", resumes=True)
+    words, output = ("-m", "benchmarks.run", *flags), folder / "tables" / "scores.md"
+    return Stage(name, words, output, resumes=True, again=("--rerun", "failed"))
 
 
 def choose_stages(options: Options) -> list[Stage]:

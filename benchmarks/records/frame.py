@@ -111,7 +111,8 @@ class Results:
             for row in _rows_of(record, group.label, group.key, runs.label)
         ]
         for trial in self.trials:
-            rows += _rows_of(trial, *_place_trial(trial, groups))
+            for place in _places_of_trial(trial, groups):
+                rows += _rows_of(trial, *place)
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
         return frame.astype({column: dtype for column, (dtype, _) in COLUMNS.items()})
 
@@ -141,14 +142,16 @@ class Results:
         return rows.assign(protocol_id=key, cell=record.cell.id, label=label, seed=record.cell.seed)
 
 
-def _place_trial(trial: RunRecord, groups: list[Group]) -> tuple[str, str, str]:
-    """Protocol, its id and label of the reported runs that a trial is for; its own where there are none."""
-    for group in groups:
-        runs = find_row(group, trial.cell)
-        if group.tuned is not None and runs is not None and belongs(trial.cell, runs.records[0].cell):
-            return group.label, group.key, runs.label
+def _places_of_trial(trial: RunRecord, groups: list[Group]) -> list[tuple[str, str, str]]:
+    """Protocol, its id and label of the reported runs that a trial is for, in every table; its own where none is."""
+    places = [
+        (group.label, group.key, runs.label)
+        for group in groups
+        if group.tuned is not None and (runs := find_row(group, trial.cell)) is not None
+        if belongs(trial.cell, runs.records[0].cell)
+    ]
     (alone,) = group_records([trial])
-    return alone.label, alone.key, alone.rows[0].label
+    return places or [(alone.label, alone.key, alone.rows[0].label)]
 
 
 def _rows_of(record: RunRecord, protocol: str, key: str, label: str) -> list[tuple[Any, ...]]:

@@ -37,6 +37,23 @@ def own_rates(cell: Cell) -> dict[str, Any]:
     return cell.protocol.model_dump(mode="json", include=set(_RATES)) if cell.tuned is not None else {}
 
 
+def left_behind(records: Iterable[RunRecord], cells: Iterable[Cell]) -> list[RunRecord]:
+    """Reported runs at rates that their tuning no longer chooses, since trials were run again.
+
+    Args:
+        records: of a results folder.
+        cells: those of the study as its rates are chosen now.
+    """
+
+    def run_of(cell: Cell) -> str:
+        return json.dumps([comparable(cell), cell.method, cell.config, cell.seed], sort_keys=True, default=str)
+
+    now = [cell for cell in cells if cell.tuned is not None]
+    ids, runs = {cell.id for cell in now}, {run_of(cell) for cell in now}
+    tuned = [record for record in records if record.cell.tuned is not None]
+    return [record for record in tuned if record.cell.id not in ids and run_of(record.cell) in runs]
+
+
 def budget_differences(records: Iterable[RunRecord]) -> list[str]:
     """One line for every pair of finished cells that should have consumed the same, at any rate, and did not."""
     first: dict[str, RunRecord] = {}

@@ -54,6 +54,8 @@ class Trials:
         statuses: by rate how the trial ended; ``missing`` where there is none.
         rows: rows that a trial was scored on, all tasks together.
         first: the same scores of the first rung; empty where there is one rung.
+        counted: the scores that the choice was made by: a trial that failed, or ended lower, counts as
+            `benchmarks.protocols.halving.WORST` in the mean over seeds; unset, `scores` without those that failed.
     """
 
     method: str
@@ -61,14 +63,16 @@ class Trials:
     statuses: Mapping[float, str]
     rows: int = 0
     first: Mapping[float, float | None] = field(default_factory=dict)
+    counted: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def best(self) -> float:
-        """The rate with the highest score, the lower one of equals.
+        """The rate that the choice fell on: the highest score as it is counted, the lower one of equals.
 
         Where every trial failed it is the lowest rate: the reported runs then say in their own row what goes wrong.
         """
-        return max(sorted(self.scores), key=lambda rate: (_score(self.scores[rate]), -rate))
+        counted = self.counted or {rate: score for rate, score in self.scores.items() if score is not None}
+        return max(sorted(self.scores), key=lambda rate: (counted.get(rate, -math.inf), -rate))
 
     @property
     def at_edge(self) -> str | None:
@@ -87,7 +91,3 @@ def endpoint_score(record: RunRecord) -> float | None:
         values = [score.likelihood.skill for score in scores if score.likelihood is not None]
         return fmean(values) if len(values) == len(scores) > 0 else None
     return fmean(score.counted(score.primary) for score in scores) if scores else None
-
-
-def _score(score: float | None) -> float:
-    return -math.inf if score is None else score

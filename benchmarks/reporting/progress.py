@@ -89,8 +89,9 @@ def _cell(values: pd.Series[float]) -> str:
 def _note(endpoint: Endpoint, base: str | None, quality: float | None, steps: Sequence[int]) -> str:
     text = (
         f"Mean {endpoint.words}, times 100, after so many steps, always on the same rows; the rate is constant and "
-        "averaged weights are scored, so that every column is the end of a run of that length. Seconds: of training "
-        "alone, where other cells ran beside as they did."
+        "averaged weights are scored, so that every column is the end of a run of that length, but for the order of "
+        "the last rows where the length is no multiple of `length_window` steps. Seconds: of training alone, where "
+        "other cells ran beside as they did."
     )
     if quality is not None:
         text += (

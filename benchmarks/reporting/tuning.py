@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from benchmarks.protocols.halving import floored
 from benchmarks.records.trials import Trials
 from benchmarks.reporting.endpoint import FIRST_METRIC, Endpoint
 from benchmarks.reporting.render import Table
@@ -39,7 +40,16 @@ def _read(label: str, rows: pd.DataFrame, rates: Sequence[float], endpoint: Endp
         {rate: _status(runs[runs["learning_rate"] == rate]["status"]) for rate in rates},
         int(sizes.max()) if len(sizes) else 0,
         _means(first, rates, endpoint) if len(first) else {},
+        _counted(last, endpoint),
     )
+
+
+def _counted(rows: pd.DataFrame, endpoint: Endpoint) -> dict[float, float]:
+    """Mean over seeds by rate as the choice counts it (`floored`): a trial that failed is the worst there is."""
+    runs = rows.drop_duplicates("cell").set_index("cell")
+    ended = endpoint.select(rows[rows["status"] == "ok"]).groupby("cell")["value"].mean()
+    scores = ended.reindex(runs.index).map(lambda score: floored(None if pd.isna(score) else score))
+    return {float(str(rate)): float(mean) for rate, mean in scores.groupby(runs["learning_rate"]).mean().items()}
 
 
 def _means(rows: pd.DataFrame, rates: Sequence[float], endpoint: Endpoint) -> dict[float, float | None]:

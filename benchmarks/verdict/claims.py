@@ -135,7 +135,7 @@ class MultiplierClaim(_Claim):
     method: str
 
     def test(self, evidence: Evidence) -> Found:
-        """The logarithm of the multiplier at the middle rank, by t over seeds; a score never reached refutes."""
+        """The multiplier at the middle rank, by a sign test over seeds: it takes six seeds at least to decide."""
         mechanism = evidence.mechanisms.get(self.experiment)
         rows = pd.DataFrame({"method": []}) if mechanism is None else mechanism.at(**self.where)
         if mechanism is None or self.method not in set(rows["method"]):
@@ -149,14 +149,20 @@ class MultiplierClaim(_Claim):
                 for seed in experiment.seeds
             ]
         )
+        logs = logs[~np.isnan(logs)]  # a seed on which the reference failed has no sign
         where = f"{self.experiment}, {len(logs)} seeds, score of {experiment.reference} at rank {rank}"
-        # A sign test: a score that no size reaches has no number, but it has a sign.
-        p = float(stats.binomtest(int((logs > 0).sum()), len(logs)).pvalue)
+        if not len(logs):
+            return Found(f"{where}: {experiment.reference} failed", evidence=link)
+        # A score that no size reaches has no number, but it has a sign.
+        fewer = int((logs > 0).sum())
+        p = float(stats.binomtest(fewer, len(logs)).pvalue)
+        if 0.5 ** (len(logs) - 1) > LEVEL:
+            where += ", too few for a sign test to decide"
         finite = logs[np.isfinite(logs)]
-        if 2 * (logs == -np.inf).sum() >= len(logs) or not len(finite):
+        if 2 * (logs == -np.inf).sum() >= len(logs):
             return Found(f"{where}: not reached at any size on {int((logs == -np.inf).sum())} seeds", p, False, link)
-        mean = float(finite.mean())
-        return Found(f"{where}: {np.exp(mean):.2g} times fewer parameters", p, mean > 0, link)
+        told = f"{np.exp(finite.mean()):.2g} times fewer parameters" if len(finite) else "its smallest size reaches it"
+        return Found(f"{where}: {told}", p, 2 * fewer > len(logs), link)
 
 
 class CountClaim(_Claim):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from benchmarks.mechanisms.tables import BOUND, interval, multiplier
 from benchmarks.reporting.views import is_baseline
@@ -178,7 +180,7 @@ def answer_smallest(question: str, found: Mechanism) -> Answer:
     """As few parameters as possible at the reference's score."""
     experiment = found.asked.experiment
     rank = experiment.ranks_of_reference[len(experiment.ranks_of_reference) // 2]
-    sentences, certain, leaders = [], [], []
+    sentences, p_values, leaders = [], [], []
     (field,) = experiment.vary
     for value in experiment.vary[field]:
         rows = found.at(**{field: value})
@@ -192,14 +194,16 @@ def answer_smallest(question: str, found: Mechanism) -> Answer:
             if len(finite) < max(2, len(logs) / 2):
                 continue
             mean, half = interval(finite)
-            certain.append(abs(mean) > half)
+            p_values.append(float(stats.ttest_1samp(finite, 0.0).pvalue))
             if mean > 0:
                 low, high = np.exp(mean - half), np.exp(mean + half)
                 told.append((mean, f"{name} {np.exp(mean):.2g} times fewer ({low:.2g} to {high:.2g})"))
         leaders += [text.partition(" ")[0] for _, text in sorted(told, reverse=True)[:1]]
         best = "; ".join(text for _, text in sorted(told, reverse=True)) or "no method needs fewer"
         sentences.append(f"{field} {value:g}, for the score of {experiment.reference} at rank {rank}: {best}.")
-    strength = Strength.DECIDED if all(certain) else Strength.PARTLY if any(certain) else Strength.UNDECIDED
+    sentences.append(f"Each method is compared with {experiment.reference} alone, where it reaches the score.")
+    decided = multipletests(p_values, method="holm")[0] if p_values else np.zeros(1, dtype=bool)
+    strength = Strength.DECIDED if decided.all() else Strength.PARTLY if decided.any() else Strength.UNDECIDED
     choice = ", ".join(dict.fromkeys(leaders)) or f"none needs fewer than {experiment.reference}"
     return Answer(question, choice, tuple(sentences), (_link(found, "multipliers"),), strength)
 

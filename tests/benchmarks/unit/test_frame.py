@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks.protocols.halving import WORST
 from benchmarks.records.frame import COLUMNS, NoRecordsError, Results
 from benchmarks.records.schema import Tuning
 from benchmarks.records.store import Store
@@ -14,6 +15,7 @@ from benchmarks.records.trials import trial_store
 from benchmarks.reporting.build import make_tables
 from benchmarks.reporting.endpoint import Endpoint
 from benchmarks.reporting.render import to_csv
+from benchmarks.reporting.tuning import find_trials
 from tests.support.record_factory import PROTOCOL, TASKS, make_record
 from tests.support.tables import fill, frame_of, with_scores
 
@@ -122,6 +124,40 @@ def test_trials_stand_under_the_runs_they_are_for(tmp_path):
     trials = frame[frame["trial"]].drop_duplicates("cell")
     assert sorted(trials.loc[trials["protocol_id"] == reported, "learning_rate"]) == [1e-4, 1e-3]
     assert list(trials.loc[trials["protocol_id"] != reported, "steps"]) == [21]
+
+
+def test_a_trial_stands_under_every_table_that_it_was_for(tmp_path):
+    """Else the second table has no rates, and a best one at the edge of its grid gets a verdict."""
+    tuned = Tuning(rates=(1e-4, 1e-3), seed=1000, steps=20, head_learning_rate=None)
+    for rate in tuned.rates:
+        trial = {**PROTOCOL, "learning_rate": rate, "evaluate_on": "fold", "steps": 20}
+        trial_store(tmp_path).put(*make_record("alpha", 1000, protocol=trial, trial=True))
+    for steps in (100, 200):
+        Store(tmp_path).put(*make_record("alpha", protocol={"learning_rate": 1e-3, "steps": steps}, tuned=tuned))
+    frame = Results.load(tmp_path).frame()
+    trials = frame[frame["trial"]].drop_duplicates(["protocol_id", "cell"])
+    assert set(trials["protocol_id"]) == set(frame.loc[~frame["trial"], "protocol_id"])
+    for _, own in frame.groupby("protocol_id"):
+        (found,) = find_trials(own)
+        assert (found.best, found.at_edge) == (1e-4, "lowest")
+
+
+def test_the_best_rate_of_the_table_is_the_one_that_was_chosen(tmp_path):
+    """The choice counts a failed trial, and one below the floor, as the worst there is."""
+    tuned = Tuning(rates=(1e-3, 2e-3), seed=1000, more_seeds=(1001,), steps=20, head_learning_rate=None)
+    for rate in tuned.rates:
+        trial = {**PROTOCOL, "learning_rate": rate, "evaluate_on": "fold", "steps": 20}
+        for seed in (1000, 1001):
+            status = "oom" if (rate, seed) == (1e-3, 1001) else "ok"
+            trial_store(tmp_path).put(*make_record("alpha", seed, protocol=trial, trial=True, status=status))
+    Store(tmp_path).put(*make_record("alpha", protocol={"learning_rate": 1e-3}, tuned=tuned))
+    frame = Results.load(tmp_path).frame()
+    frame.loc[frame["trial"] & frame["primary"] & (frame["learning_rate"] == 2e-3), "value"] = -5.0
+    (found,) = find_trials(frame)
+    assert found.scores == {1e-3: None, 2e-3: -5.0}  # as they are shown
+    assert found.counted[2e-3] == WORST
+    assert found.counted[1e-3] > WORST
+    assert found.best == 1e-3
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,20 @@ def test_a_failed_stage_stops_no_other_one_and_is_tried_again_last(tmp_path: Pat
     _, said = call(tmp_path, bad, good)
     assert (runs(bad), runs(good)) == (2, 1)
     assert said.index("good") < said.index("bad")
+
+
+def test_cells_that_failed_are_tried_again(tmp_path: Path) -> None:
+    """A run of the benchmark keeps a failed cell as a row, so that the same words would fail for ever."""
+    fails_once = "import sys; sys.exit('again' not in sys.argv)"
+    bad = replace(stage(tmp_path, "bad", fails_once), again=("again",))
+    assert call(tmp_path, bad)[0] == 1
+    assert call(tmp_path, bad)[0] == 0
+    assert call(tmp_path, bad)[0] == 0
+    assert runs(bad) == 2
+    for one in plan_stages(Options(rehearse=True)):
+        assert one.again == (("--rerun", "failed") if one.resumes else ())
+        if one.resumes:
+            parse_flags(RunOptions, [*one.words[2:], *one.again], "benchmarks")
 
 
 @pytest.mark.parametrize(("resumes", "code"), [(True, calls.EXIT_MORE), (False, calls.EXIT_FAILED)])

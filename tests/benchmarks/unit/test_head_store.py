@@ -52,6 +52,7 @@ def test_who_comes_later_starts_from_the_heads_that_are_there(tmp_path: Path) ->
     ("what", "protocol", "rows"),
     [
         ("pooling", PROTOCOL.model_copy(update={"pooling": "first"}), ROWS),
+        ("type of the frozen model", PROTOCOL.model_copy(update={"base_dtype": "bf16"}), ROWS),
         ("rows of the fit", PROTOCOL.model_copy(update={"head_start_rows": 12}), ROWS),
         ("cut to another length", PROTOCOL.model_copy(update={"max_length": 4}), ROWS),
         ("held-out rows", PROTOCOL.model_copy(update={"evaluate_on": "fold"}), ROWS),

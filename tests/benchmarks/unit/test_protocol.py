@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import moepeft
 from benchmarks.backbones.device import resolve_device, resolve_precision
 from benchmarks.backbones.load import find_backbone, load_backbone, load_tokenizer, set_dropout
+from benchmarks.cells.train import Trainer, _decay_groups
 from benchmarks.instruments.processor import prepare_device
 from benchmarks.methods.parse import parse_methods
 from benchmarks.plan.cells import expand
@@ -19,12 +22,13 @@ from benchmarks.plan.options import Options, resolve_suite
 from benchmarks.protocols.errors import UsageError
 from benchmarks.protocols.protocol import Suite, available_suites, load_suite
 from benchmarks.records.failures import Diverged, one_line, status_of, without_paths
-from benchmarks.records.identity import budget_differences
+from benchmarks.records.identity import budget_differences, left_behind
 from benchmarks.records.provenance import ROOT, gather
-from benchmarks.records.schema import Budget, RunRecord
+from benchmarks.records.schema import Budget, RunRecord, Tuning
 from benchmarks.run import main
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.base import TaskData, TaskSpec
+from tests.support.record_factory import make_record
 
 SPEC = TaskSpec("classes", "classification", ("no", "yes"), "accuracy")
 
@@ -228,6 +232,28 @@ def test_unequal_budgets_are_found():
     assert "tokens 81 and 80" in problem
     assert "order_hash" not in problem
     assert budget_differences([record("head"), record("lora", steps=1, status="diverged")]) == []
+
+
+def test_a_method_without_vectors_has_the_same_budget_as_one_with_some():
+    """Vectors never decay. LoRA has matrices alone, MoRE has vectors too, and both consume the same."""
+    accounts = set()
+    for shapes in ([(2, 2)], [(2, 2), (2,)]):
+        groups = _decay_groups([nn.Parameter(torch.zeros(shape)) for shape in shapes], 1e-3, 0.01)
+        optimiser = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
+        accounts.add(Trainer.account(SimpleNamespace(optimiser=optimiser, schedule=schedule, clip_norm=1.0)))
+    assert len(accounts) == 1
+
+
+def test_runs_at_a_rate_that_is_no_longer_chosen_are_named():
+    tuned = Tuning(rates=(1e-3, 2e-3), seed=1000, steps=20, head_learning_rate=None)
+    old, new, other = (
+        make_record(method, protocol={"learning_rate": rate}, tuned=tuned)[0]
+        for method, rate in (("alpha", 1e-3), ("alpha", 2e-3), ("bravo", 1e-3))
+    )
+    assert left_behind([old, new, other], [new.cell, other.cell]) == [old]
+    longer = make_record("alpha", protocol={"learning_rate": 1e-3, "steps": 200}, tuned=tuned)[0]
+    assert left_behind([longer, new], [new.cell]) == []
 
 
 def test_failures_are_classified_and_carry_no_path_of_this_machine():

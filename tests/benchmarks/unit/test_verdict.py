@@ -273,6 +273,45 @@ def test_a_score_that_is_never_reached_refutes_fewer_parameters() -> None:
     assert rule_on_claims(evidence, [one])[0].ruling == "refuted here"
 
 
+def sizes_of(seeds: int, spread: float) -> Mechanism:
+    """Twice as many parameters for each rank; moelora has the score of lora at half of them, but for the spread."""
+    sizes = CONFLICT.model_copy(
+        update={"name": "sizes", "ranks_of_reference": (1, 2, 4), "vary": {"conflict": (1.0,)}, "seeds": range(seeds)}
+    )
+    rng = np.random.default_rng(0)
+    rows = [
+        {"method": method, "conflict": 1.0, "seed": seed, "size": size, "parameters": 100 * size, "at_edge": False}
+        | {"score": 0.1 * (rank + gain + spread * rng.normal())}
+        for seed in range(seeds)
+        for method, gain in (("lora", 0.0), ("moelora", 1.0))
+        for rank, size in enumerate((1, 2, 4))
+    ]
+    return Mechanism(Asked(experiment=sizes, methods=(), command="none"), pd.DataFrame(rows))
+
+
+def test_fewest_parameters_are_decided_by_holm_and_not_by_one_seed() -> None:
+    decided = answered("Fewest parameters", sizes=sizes_of(8, 0.02))
+    assert (decided.choice, decided.strength) == ("moelora", Strength.DECIDED)
+    assert "compared with lora alone" in decided.sentences[-1]
+    assert answered("Fewest parameters", sizes=sizes_of(8, 3.0)).strength is Strength.UNDECIDED
+    assert answered("Fewest parameters", sizes=sizes_of(1, 0.0)).strength is Strength.UNDECIDED
+
+
+def test_five_seeds_are_too_few_for_a_sign_test() -> None:
+    one = MultiplierClaim(
+        text="?", source="?", kind="multiplier", experiment="sizes", where={"conflict": 1.0}, method="moelora"
+    )
+    few, enough = (one.test(with_mechanisms(sizes=sizes_of(seeds, 0.0))) for seeds in (5, 6))
+    assert few.p == pytest.approx(2 * 0.5**5)
+    assert "too few for a sign test" in few.words
+    assert "too few" not in enough.words
+    assert enough.holds
+    assert "its smallest size reaches it" in enough.words
+    failed = sizes_of(6, 0.0)
+    failed.frame.loc[(failed.frame["method"] == "lora") & (failed.frame["seed"] == 0), "score"] = np.nan
+    assert one.test(with_mechanisms(sizes=failed)).p == few.p  # no sign where the reference failed
+
+
 def test_a_count_that_no_convention_gives_is_not_reproduced(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     text = "# x\n\n| setting | method | verdict | source |\n|:--|:--|:--|:--|\n| s | ept | {} | paper |\n"
