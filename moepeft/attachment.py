@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import building, hub, merging, saving, trained
+from . import building, heads, hub, merging, saving, trained
 from .counting import ParameterCount, count_parameters, summarise
 from .errors import Unsupported
 from .given import checked_ids, checked_masks
@@ -106,7 +106,7 @@ class Attachment:
         return self.state.values()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `state_dict` gave. Names and shapes must agree exactly (`moepeft.load` checks them first)."""
+        """Load what `state_dict` gave. Names and shapes must agree exactly, and the adapters must not be merged."""
         self.state.load_values(state)
 
     @torch.no_grad()
@@ -119,6 +119,7 @@ class Attachment:
             Unsupported: an adapted layer is on the meta device still.
         """
         building.reset(self.state)
+        heads.restart(self.state)
 
     def parameter_count(self) -> ParameterCount:
         """Trainable numbers, measured on the modules and by the method's closed form."""

@@ -51,6 +51,7 @@ class Scope(NamedTuple):
         main: the main input, while the call runs.
         sequence_first: the main input is (positions, rows, features).
         unknown_mask: an argument that seems to be a mask and whose meaning is not known.
+        square: the main input has as many positions as rows, and nothing tells which come first.
         learned: number of positions of a table of the model, the same for all rows, that the call is made with, as
             Perceiver's latents or the queries of a Q-Former: they are real, and no mask from outside is theirs.
     """
@@ -62,6 +63,7 @@ class Scope(NamedTuple):
     main: Tensor | None = None
     sequence_first: bool = False
     unknown_mask: UnknownMask | None = None
+    square: bool = False
     learned: int | None = None
 
     def past_the_call(self) -> Scope:
@@ -69,9 +71,12 @@ class Scope(NamedTuple):
         return self._replace(main=None)
 
 
-def is_transposed(x: Tensor, rows: int | None) -> bool:
-    """Whether as many positions as rows stand in the order (positions, rows): told by the steps in memory."""
-    return x.dim() == 3 and x.shape[0] == x.shape[1] == rows and x.shape[0] > 1 and x.stride(0) < x.stride(1)
+def looks_transposed(x: Tensor) -> bool:
+    """Whether the steps in memory are those of (positions, rows, features) made from rows, or the other way round.
+
+    A table that is expanded over the rows has a step of 0, and its rows come first.
+    """
+    return x.dim() == 3 and 0 < x.stride(0) < x.stride(1)
 
 
 def open_scope(
@@ -180,7 +185,9 @@ def _rows_and_tokens(
         tokens = main.shape[1:-1].numel()
     if around is None:
         return Scope(rows=rows, tokens=tokens, copies=copies if ids is not None and ids * copies == rows else 1)
-    sequence_first = sequence_first or around.sequence_first or is_transposed(main, around.rows)
+    sequence_first = sequence_first or around.sequence_first
+    if main.shape[:2] == (around.rows, around.rows) and rows > 1 and looks_transposed(main) and not sequence_first:
+        return Scope(rows=rows, tokens=tokens, copies=around.copies, square=True)
     if around.rows is None or (rows == around.rows and not (sequence_first and main.shape[1:2] == (rows,))):
         return Scope(rows=rows, tokens=tokens, copies=around.copies)
     positions_first = features and main.dim() == 3 and main.shape[1] == around.rows

@@ -14,7 +14,8 @@ from .errors import MissingRouting
 from .ops.linear import token_shares
 from .ops.processes import sum_over_processes
 from .ops.segments import Segments, find_segments
-from .runtime import Forward, Runtime
+from .ops.views import version_of
+from .runtime import OF_MASKS, Forward, Runtime
 from .sites import LinearSite
 
 T = TypeVar("T")
@@ -96,6 +97,11 @@ class SiteContext:
             return values
         if known and scope.copies is not None and scope.copies > 1 and number * scope.copies == rows:
             return values.repeat_interleave(scope.copies, dim=0)
+        if number == rows:
+            raise MissingRouting(
+                f"site {self.site.name!r} gets as many positions as rows, {rows}, and nothing tells which come first: "
+                "give a batch of another number of rows, or of another length"
+            )
         raise MissingRouting(
             f"got {what} for {rows} rows at site {self.site.name!r}: pass one id per row. Where the model itself "
             "repeats, regroups or transposes rows, leave the site out, or call it with rows of one task: task_ids=0"
@@ -166,7 +172,7 @@ class SiteContext:
     def token_shares(self, x: Float[Tensor, "rows *positions d"]) -> Float[Tensor, "rows tokens"]:
         """`moepeft.ops.linear.token_shares` of the input `x`: the same for all sites of a stream, so made once."""
         values, mask = self.forward.values, self.mask(x)
-        key = f"token_shares.{self.site.stream}.{x.dtype}"
+        key = f"{OF_MASKS}{self.site.stream}.{x.dtype}"
         left = values.get(key)
         if left is not None and left[0] is mask:
             shares: Tensor = left[1]
@@ -240,18 +246,21 @@ class SiteContext:
     def of_input(self, key: str, x: Tensor, make: Callable[[], T]) -> T:
         """A value made from the input `x`, once for all sites that receive this very tensor, as q, k and v do.
 
-        Told by identity, so that a layer recomputed by checkpointing, whose input is another tensor, makes its own.
+        Told by identity, so that a layer recomputed by checkpointing, whose input is another tensor, makes its own. And
+        by version, since the model may change the tensor in place. A tensor of inference mode has none, and its value
+        is made for every site.
         """
+        version = version_of(x)
         left = self.forward.of_inputs.get(key)
-        if left is None or left[0] is not x:
-            left = (x, make())
+        if left is None or left[0] is not x or left[1] is None or left[1] != version:
+            left = (x, version, make())
             self.forward.of_inputs[key] = left
-        made: T = left[1]
+        made: T = left[2]
         return made
 
     def taken(self, key: str) -> Any:
         """What `of_input` made last under that key, and forget it: for the one site that ends its use."""
-        return self.forward.of_inputs.pop(key)[1]
+        return self.forward.of_inputs.pop(key)[2]
 
     def stat(self, name: str, value: Tensor | Callable[[], Tensor]) -> None:
         """Record a routing statistic; free while nobody asked for them.

@@ -248,13 +248,15 @@ def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forwar
     if state.steps and training and torch.is_grad_enabled():
         check_stepped(state)
     given = call.get("task_ids")
+    if given is None and state.merged and settings.task_ids is not None:
+        checked_ids(state, settings.task_ids)  # set before the merge, perhaps
     task_ids = settings.task_ids if given is None else checked_ids(state, given)
     masks: list[Mask] = []
     number = None if task_ids is None else task_ids.shape[0]
     scope = open_scope(call, None, entry.part, number, settings.copies if given is None else 1, masks)
     if task_ids is not None and scope.main is not None:
         task_ids = task_ids.to(scope.main.device)
-    values, goes_on = recall(id(state.runtime), call, state.runtime.values, continues(call))
+    values, goes_on = recall(id(state.runtime), call, state.runtime.last.values, continues(call))
     values.pop("segments", None)  # of another call's rows
     if task_ids is not None and task_ids.shape[1] > 1:
         check_packed(state, task_ids, two_streams=entry.part.two_streams)

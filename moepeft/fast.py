@@ -35,7 +35,7 @@ class fast_paths:  # noqa: N801 - reads as a statement, as torch.no_grad does
         global _enabled, _by_definition  # noqa: PLW0603
         self._before = _enabled, _by_definition
         if of is None:
-            _enabled = wanted
+            _enabled, _by_definition = wanted, frozenset() if wanted else _by_definition
         else:
             _by_definition = _by_definition - {of} if wanted else _by_definition | {of}
 

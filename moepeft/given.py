@@ -65,6 +65,8 @@ def _check_range(state: State, ids: Tensor) -> None:
             f"task_ids lie between {low} and {high}, but {state.factory.name} was configured with num_tasks="
             f"{number}: ids count from 0 to {number - 1}"
         )
+    if ids.shape[2] > 1 and bool((ids < 0).all(2).any()):
+        raise MissingRouting("task_ids have a row of -1 alone: give every row one task at least")
     serves = state.merged_task if state.runtime.settings.enabled else None
     if serves is not None and not low == high == serves:
         raise MissingRouting(

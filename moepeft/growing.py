@@ -20,6 +20,8 @@ def add_tasks(state: State, number: int) -> None:
     tasks = task_number(state.factory)
     assert tasks is not None
     grown = with_more_tasks(state.factory, tasks + number)
+    if task_number(grown) != tasks + number:
+        raise Unsupported(f"{grown.name} does not know its tasks by their number alone: attach it anew for more tasks")
     shared, built = building.build(grown, state.sites)
     state.runtime.take_tallies()
     if shared is not None:

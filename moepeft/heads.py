@@ -66,6 +66,17 @@ def remove(state: State) -> None:
         delattr(state.model.get_submodule(name), HEADS)
 
 
+@torch.no_grad()
+def restart(state: State) -> None:
+    """Let all copies begin as their module, as `install` made them; merged, the module has one task's values."""
+    for name in () if state.merged else state.train_per_task:
+        module = state.model.get_submodule(name)
+        own = _values(module)
+        for copied in heads_of(module):
+            for key, value in _values(copied).items():
+                value.copy_(own[key])
+
+
 def grow(state: State, number: int) -> None:
     """Copies for more tasks; they begin as the module."""
     unbind(state)

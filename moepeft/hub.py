@@ -54,7 +54,14 @@ def push(state: State, repo_id: str, tasks: Sequence[str], record: Mapping[str, 
         (folder / CARD).write_text(model_card(state, repo_id, tasks, record), "utf-8")
         api = hub.HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Adapters of moepeft"))
+        return str(
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=str(folder),
+                commit_message="Adapters of moepeft",
+                delete_patterns=[TRAINED],  # of adapters that were there before, with a head
+            )
+        )
 
 
 def model_card(state: State, repo_id: str, tasks: Sequence[str] = (), record: Mapping[str, Any] | None = None) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import AdapterFileError
 from .shards import whole
 from .sites import SLOT
+from .weights import has_numbers
 
 _MATRICES, _VALUES = 64, 4
 _STEP = 2654435761  # Knuth's multiplicative hash: positions far apart in a matrix of any size
@@ -31,10 +32,17 @@ def describe(model: nn.Module, trained: Collection[str] = ()) -> dict[str, Any]:
     config = getattr(model, "config", None)
     return {
         "class": _class_name(model),
-        "id": getattr(config, "_name_or_path", None) or None,
+        "id": _name_of(getattr(config, "_name_or_path", None)),
         "revision": getattr(config, "_commit_hash", None),
         "samples": {name: _sample(parameter) for name, parameter in _sampled(model, trained)},
     }
+
+
+def _name_of(source: str | None) -> str | None:
+    """What the base was loaded by; of a folder its name alone, since a path says nothing to others."""
+    if not source:
+        return None
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
 
 
 def check(
@@ -88,7 +96,7 @@ def _sampled(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, 
     matrices = [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.numel() and parameter.is_floating_point() and not parameter.is_meta
+        if parameter.dim() > 1 and parameter.numel() and has_numbers(parameter) and not parameter.is_meta
         if SLOT not in name.split(".") and name not in trained and name not in new
     ]
     step = max(1, -(-len(matrices) // _MATRICES))
@@ -112,7 +120,7 @@ def _agrees(own: Tensor | None, sample: Mapping[str, Any]) -> bool:
     """Whether a parameter is the sampled one, rounded or not; one without values to compare is."""
     if own is None:
         return False
-    if own.is_meta or not own.is_floating_point():
+    if own.is_meta or not has_numbers(own):
         return True
     saved, found = torch.tensor(sample["values"], dtype=torch.float64), _values(own).nan_to_num()
     if list(own.shape) != sample["shape"] or saved.shape != found.shape:

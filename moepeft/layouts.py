@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .calls import Scope, is_transposed
+from .calls import Scope, looks_transposed
 from .errors import MissingRouting
 
 
@@ -93,16 +93,22 @@ def arrange(x: Tensor, scope: Scope, place: Place, *, transposed_before: bool, b
     if x.dim() == 2:
         return _arrange_flat(x, rows, tokens, place.nested, scope.sequence_first)
     second = x.shape[1] == rows
-    transposed = second and (scope.sequence_first or transposed_before or is_transposed(x, rows))
+    transposed = second and (scope.sequence_first or transposed_before)
     if x.shape[0] == rows and not transposed:
-        return Arranged(x, same, rows_known=not (second and beside_transposed and rows > 1))
-    few = tokens is None and x.shape[0] % rows
-    if second and (transposed or beside_transposed or x.shape[0] == tokens or few):
-        return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1).contiguous(), transposed=True)
+        doubtful = second and rows > 1 and (scope.square or beside_transposed or looks_transposed(x))
+        return Arranged(x, same, rows_known=not doubtful)
     parts = x.shape[0] // rows
-    if parts * rows == x.shape[0] and tokens is not None and parts * x.shape[1:-1].numel() == tokens:
-        windows = x.reshape(rows, parts, *x.shape[1:])
-        return Arranged(windows, lambda y: y.flatten(0, 1), in_order=False)
+    windows = parts * rows == x.shape[0] and tokens is not None and parts * x.shape[1:-1].numel() == tokens
+    transposed = transposed or (second and beside_transposed)
+    few = tokens is None and x.shape[0] % rows
+    positions_first = second and (transposed or x.shape[0] == tokens or few)
+    if positions_first and windows and not transposed and not looks_transposed(x):
+        windows = positions_first = False  # windows of as many positions as there are rows, or positions first
+    if positions_first:
+        return Arranged(x.transpose(0, 1), lambda y: y.transpose(0, 1).contiguous(), transposed=True)
+    if windows:
+        cut = x.reshape(rows, parts, *x.shape[1:])
+        return Arranged(cut, lambda y: y.flatten(0, 1), in_order=False)
     return Arranged(x, same, rows_known=False)
 
 

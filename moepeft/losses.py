@@ -13,7 +13,7 @@ from .state import State
 
 def aux_losses(state: State) -> dict[str, Tensor]:
     """See `moepeft.attachment.Attachment.aux_losses`."""
-    return {name: _combined(state, name, terms) for name, terms in state.runtime.losses.items()}
+    return {name: _combined(state, name, terms) for name, terms in state.runtime.last.losses.items()}
 
 
 def _combined(state: State, name: str, terms: Mapping[str, Any]) -> Tensor:

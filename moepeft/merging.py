@@ -1,9 +1,7 @@
 """Fold updates into base weights, keeping a copy or not, and put the weights back bit for bit.
 
-Whose a weight is: an update may go into a weight that belongs to the layer alone and is a plain parameter. A weight
-that another layer reads as well (tied embeddings) would change that layer too. A weight that is computed at every call
-(weight_norm, spectral_norm, other parametrizations, pruning) would be computed anew, without the update. Both are
-refused before anything is changed.
+A weight that another layer reads as well, or that is computed at every call, is refused before anything is changed
+(`moepeft.ownership`).
 
 A weight of bitsandbytes in 4 or 8 bit is read, changed and quantised again (`moepeft.weights`). A warning says what the
 second rounding loses of the update.
@@ -21,14 +19,13 @@ from torch import Tensor, nn
 
 from . import heads, identity
 from .errors import MissingRouting, NotMergeable
-from .fused import ExpertMatrix
 from .hooks import bind, leave, unbind
+from .ownership import check_weights
 from .positions import position_readers
 from .protocols import Mergeable
-from .shards import is_sharded
 from .sites import LinearSite
 from .state import State
-from .trained import of_no_base
+from .trained import find_values, of_no_base
 from .weights import Weight, stored_weight
 
 
@@ -47,6 +44,8 @@ def merge(state: State, task: int | None, *, keep: bool) -> None:
 def _fold(state: State, task: int | None, *, keep: bool) -> dict[str, float]:
     """`merge`; gives what quantising again lost, by site: the norm of the rounding error over that of the update."""
     check(state, task)
+    for site in state.sites:
+        _weight(state.layer(site), site)
     check_weights(state)
     base = identity.describe(state.model, of_no_base(state.model))
     kept: dict[str, Any] = {}
@@ -90,6 +89,7 @@ def merge_and_detach(state: State, task: int | None) -> None:
 @torch.no_grad()
 def unmerge(state: State) -> None:
     """Undo `merge`."""
+    _check_not_disabled(state, "unmerge")
     if state.kept is None:
         raise NotMergeable("unmerge() without a merge(): the adapters are not merged")
     _check_kept(state.kept)
@@ -102,32 +102,57 @@ def unmerge(state: State) -> None:
 
 @contextmanager
 def unmerged(state: State) -> Iterator[None]:
-    """Inside, the adapters are not merged; afterwards as they were, for the same task, with their new values."""
-    merged, task = state.merged, state.merged_task
-    if merged:
-        unmerge(state)
+    """Inside, the adapters are not merged; afterwards as they were, for the same task, with their new values.
+
+    On an error, that of merging the new values included, the old values are back and merged.
+    """
+    if not state.merged:
+        yield
+        return
+    task = state.merged_task
+    unmerge(state)
+    before = {name: value.detach().clone() for name, value in _trained(state).items()}
     try:
         yield
-    finally:
-        if merged:
-            _fold(state, task, keep=True)  # what is lost was said by `merge`
+        _fold(state, task, keep=True)  # what is lost was said by `merge`
+    except BaseException:
+        with torch.no_grad():
+            for name, value in _trained(state).items():
+                value.copy_(before[name])
+        _fold(state, task, keep=True)
+        raise
+
+
+def _trained(state: State) -> dict[str, Tensor]:
+    """All that `Attachment.restore` may write to."""
+    return {**{f"adapters.{name}": value for name, value in state.values().items()}, **find_values(state)}
 
 
 @contextmanager
 def bare_weights(state: State) -> Iterator[None]:
-    """Inside, the weights are those before `merge`, for all threads; afterwards the merged ones, bit for bit."""
+    """Inside, the weights are those before `merge`, for all threads; afterwards the merged ones, bit for bit.
+
+    Inside, nothing can be merged or unmerged: what is put back would be of before.
+    """
     kept = state.kept
-    if kept is None:
-        yield
-        return
-    _check_kept(kept)
-    weights = _changed(state)
+    if kept is not None:
+        _check_kept(kept)
+    weights = {} if kept is None else _changed(state)
     merged = {name: weight.keep() for name, weight in weights.items()}
-    _restore(weights, kept)
+    _restore(weights, kept or {})
+    state.disabled += 1
     try:
         yield
     finally:
+        state.disabled -= 1
         _restore(weights, merged)
+
+
+def _check_not_disabled(state: State, what: str) -> None:
+    if state.disabled:
+        raise NotMergeable(
+            f"{what}() inside of disabled(), where the bare weights are in place: leave disabled() first"
+        )
 
 
 def _changed(state: State) -> dict[str, Weight]:
@@ -165,58 +190,6 @@ def _restore(weights: Mapping[str, Weight], kept: Mapping[str, Any]) -> None:
         weight.restore(kept[name])
 
 
-def check_weights(state: State) -> None:
-    """Whether each adapted weight is a plain parameter of its layer alone.
-
-    Raises:
-        NotMergeable: it is not; names the layer and who else reads the weight.
-    """
-    layers = {site.name: (site, state.layer(site)) for site in state.sites}
-    owners: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
-    for name, module in state.model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not tensor.is_meta:
-                place = tensor.untyped_storage().data_ptr()
-                owners.setdefault(place, []).append((f"{name}.{key}" if name else key, module, tensor))
-    for site, module in layers.values():
-        _weight(module, site)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        if is_sharded(weight):
-            raise NotMergeable(
-                f"the weight of {site.name!r} is sharded over processes: save(), then load() onto a whole base and "
-                "merge there"
-            )
-        owner, parameter = _owner(module)
-        if parameter not in owner._parameters:
-            raise NotMergeable(
-                f"the weight of {site.name!r} is computed at every call (a parametrization, weight_norm, "
-                "spectral_norm or pruning), so an update would be lost: make it permanent first "
-                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or leave the site out"
-            )
-        place = weight.untyped_storage().data_ptr()
-        for name, other, tensor in owners.get(place, []) if place else []:  # 0: memory that nobody sees, as of a test
-            if (other is not owner or tensor is not owner._parameters[parameter]) and _overlap(weight, tensor):
-                raise NotMergeable(
-                    f"the weight of {site.name!r} is also that of {name!r}, which merging would change: leave the "
-                    "site out, or untie the weights first"
-                )
-
-
-def _owner(module: nn.Module) -> tuple[nn.Module, str]:
-    """The module whose parameter a layer's weight is, and the parameter's name."""
-    return (module.experts, module.parameter) if isinstance(module, ExpertMatrix) else (module, "weight")
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage share an element; told by their first and last ones."""
-    ends = [
-        tensor.storage_offset()
-        + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        for tensor in (one, other)
-    ]
-    return one.storage_offset() <= ends[1] and other.storage_offset() <= ends[0]
-
-
 def check(state: State, task: int | None) -> None:
     """Whether the update for `task` is a fixed change of the weights, and `task` given where it must be.
 
@@ -225,6 +198,7 @@ def check(state: State, task: int | None) -> None:
         MissingRouting: `task` is missing, or given to a method that knows no tasks.
     """
     capabilities = state.factory.capabilities
+    _check_not_disabled(state, "merge")
     if state.merged:
         raise NotMergeable("the adapters are merged already: call unmerge() first")
     if capabilities.not_mergeable is not None:

@@ -53,15 +53,17 @@ class Settings:
 
 DEFAULT = Settings()
 _SEVERAL = (
-    "a checkpointed part of the model is computed again, and several forwards with other task ids wait for their "
-    "backward: call backward after each forward, or checkpoint whole blocks"
+    "a checkpointed part of the model is computed again, and several forwards with other task ids or another routing "
+    "wait for their backward: call backward after each forward, or checkpoint whole blocks"
 )
+OF_MASKS = "token_shares."
+"""Begins the keys of `Forward.values` that follow from the masks."""
 _SETTINGS: ContextVar[Mapping[object, Settings]] = ContextVar("moepeft_settings", default={})  # noqa: B039
 
 
 @dataclass
 class Forward:
-    """One forward pass of one thread.
+    """One forward pass.
 
     Attributes:
         task_ids: shape (rows, positions, ids), see `moepeft.given.checked_ids`; one row of them stands for all rows,
@@ -75,7 +77,7 @@ class Forward:
         without_grad: the last call ran without autograd, as reentrant checkpointing runs a block at first.
         losses: loss name -> site name, numbered from its second use on -> term, as `AdapterFactory.aux_loss` takes it.
         values: what sites tell each other within a forward, by key.
-        of_inputs: what sites made of an input that others receive as well, by key, beside that input.
+        of_inputs: what sites made of an input that others receive as well, by key, after that input and its version.
         prepared: site name -> what the method made for the site when the forward began (`moepeft.preparing`).
         counted: site name -> what the site counted for `moepeft.protocols.Stepping.after_step`.
         sequence_first: a block has been seen that gets (positions, rows, features).
@@ -83,6 +85,7 @@ class Forward:
         masks: made of what calls were given, one of each tensor.
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
+        mark: tells forwards apart.
     """
 
     task_ids: Tensor | None = None
@@ -95,7 +98,7 @@ class Forward:
     without_grad: bool = False
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    of_inputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+    of_inputs: dict[str, tuple[Tensor, int | None, Any]] = field(default_factory=dict)
     prepared: Mapping[str, Any] = field(default_factory=dict)
     counted: dict[str, Tensor] = field(default_factory=dict)
     sequence_first: bool = False
@@ -104,6 +107,7 @@ class Forward:
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None
     given: Tensor | None = None
+    mark: object = field(default_factory=object)
 
     def beside(self, task_ids: Tensor | None) -> Forward:
         """The same forward for inputs of other rows, such as an expert's tokens; what is recorded is recorded here.
@@ -147,9 +151,15 @@ class Memory:
     goes_on: bool | Tensor
     values: Mapping[str, Any]
     prepared: Mapping[str, Any] = field(default_factory=dict)
+    mark: object = None
     without_grad: bool = False
     used: bool = False
     shared: bool = False
+
+    def is_like(self, other: Memory) -> bool:
+        """Whether a block may take one for the other: of one forward, or of two that told it the same."""
+        told = any(not key.startswith(OF_MASKS) for key in (*self.values, *other.values))
+        return (self.mark is other.mark or not told) and same_values(self.task_ids, other.task_ids)
 
     def resume(self) -> Forward:
         """A forward for the block alone; what it records is nobody's."""
@@ -249,7 +259,7 @@ class Runtime:
         values = {key: without_graph(value) for key, value in forward.values.items()}
         scope = forward.scope.past_the_call()
         memory = Memory(forward.task_ids, scope, forward.settings, forward.goes_on, values, forward.prepared)
-        memory.without_grad = not torch.is_grad_enabled()
+        memory.without_grad, memory.mark = not torch.is_grad_enabled(), forward.mark
         return memory
 
     def remember(self, block_input: Tensor) -> None:
@@ -257,7 +267,7 @@ class Runtime:
         storage, memory = block_input.untyped_storage(), self.memory()
         before = self.memories.get(storage)
         # One tensor went into two forwards: nothing tells their blocks apart.
-        memory.shared = before is not None and not before.used and not same_values(before.task_ids, memory.task_ids)
+        memory.shared = before is not None and not before.used and not memory.is_like(before)
         self.memories[storage] = memory
 
     @contextmanager
@@ -293,19 +303,9 @@ class Runtime:
         waiting = [memory for memory in known if not memory.used] or known
         if not waiting:
             return Memory(self.settings.task_ids, Scope(), self.settings, goes_on=False, values={})
-        if any(not same_values(memory.task_ids, waiting[-1].task_ids) for memory in waiting):
+        if not all(memory.is_like(waiting[-1]) for memory in waiting):
             raise MissingRouting(_SEVERAL)
         return waiting[-1]
-
-    @property
-    def losses(self) -> dict[str, dict[str, Any]]:
-        """What the last forward of this thread recorded."""
-        return self.last.losses
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """What sites of this thread's last forward told each other."""
-        return self.last.values
 
     def __getstate__(self) -> dict[str, Any]:
         # Activations of a forward carry graphs, which neither pickle nor deepcopy; they are nobody's state.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .calls import Part
 from .context import SiteContext
-from .errors import Unsupported
+from .errors import NotMergeable, Unsupported
 from .layouts import Place
 from .protocols import AdapterFactory
 from .runtime import Runtime
@@ -64,6 +64,7 @@ class State:
         kept: site name -> the weight before `merge`; None unless merged, empty after ``merge(keep=False)``.
         base: what files say of the base, noted when the adapters were merged into its weights; None unless merged.
         merged_task: the task whose update is merged.
+        disabled: how many callers are inside of `Attachment.disabled`.
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
         chunk_sizes: name of a module -> in how many positions it computed its feed-forward network.
@@ -99,6 +100,7 @@ class State:
         self.kept: dict[str, Any] | None = None
         self.base: dict[str, Any] | None = None
         self.merged_task: int | None = None
+        self.disabled = 0
         self.steps = False
         self.stepping_version = 0
         self.without_values: nn.Module | None = None
@@ -168,6 +170,11 @@ class State:
 
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         """Load what `values` gave. Names and shapes must agree exactly. Tallies of the values before are forgotten."""
+        if self.merged:
+            raise NotMergeable("the adapters are merged, and new values would not show: call unmerge() first")
+        unknown = sorted(set(values) - set(self.values()))
+        if unknown:
+            raise RuntimeError(f"the adapters have no {unknown[0]!r}, and {len(unknown)} such names were given")
         self.runtime.take_tallies()
         for name, module in self.modules():
             prefix = f"{name}."

@@ -40,6 +40,11 @@ class Weight:
         self._tensor.copy_(kept)
 
 
+def has_numbers(parameter: Tensor) -> bool:
+    """Whether a parameter holds its own numbers; bitsandbytes may store codes of 4 bit in a floating-point type."""
+    return parameter.is_floating_point() and not hasattr(parameter, "quant_state")
+
+
 _BESIDE = ("quant_state", "state")
 
 

@@ -18,6 +18,13 @@ def without_graph(value: Any) -> Any:
     return value
 
 
+def version_of(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where nobody counts. Compiled code counts as never changed."""
+    if torch.compiler.is_compiling():
+        return 0
+    return None if x.is_inference() else x._version
+
+
 def same_values(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether both are None, or tensors of the same values."""
     if one is None or other is None or one is other:

@@ -173,7 +173,7 @@ def _site_losses(case: WholeCase, plan: Plan, inputs: dict[str, Tensor]) -> dict
     """The contrastive loss of each site alone, the decoder's included, which the preset leaves out."""
     adapters = attach(case, plan, contrastive_sites="all", contrastive=1.0)
     adapters.model.train()(**inputs)
-    terms = adapters.runtime.losses["contrastive"]
+    terms = adapters.runtime.last.losses["contrastive"]
     return {f"site_loss/{s}": adapters.factory.aux_loss("contrastive", [term]).reshape(1) for s, term in terms.items()}
 
 

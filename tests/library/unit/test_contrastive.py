@@ -70,4 +70,4 @@ def test_published_presets_average_over_all_sites(name: str, model: T5ForConditi
     adapters = moepeft.attach(model, moepeft.method(name, rank=4, num_tasks=8))
     model.double().train()
     model(input_ids=torch.randint(2, 30, (3, 6)), labels=torch.randint(2, 30, (3, 4)), task_ids=IDS)
-    assert len(adapters.runtime.losses["contrastive"]) == 192
+    assert len(adapters.runtime.last.losses["contrastive"]) == 192

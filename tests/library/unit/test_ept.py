@@ -322,7 +322,7 @@ def test_the_released_loss_is_the_mean_over_encoder_sites_alone() -> None:
     adapters = moepeft.attach(model, moepeft.method("ept@released", num_tasks=4, kernels=(2, 4), dropout=0.0))
     inputs = batch(model)
     output(model.train(), inputs, task_ids=torch.arange(4))
-    terms = adapters.runtime.losses["contrastive"]
+    terms = adapters.runtime.last.losses["contrastive"]
     encoder = [site.name for site in adapters.sites if site.name.startswith("encoder.")]
     assert sorted(terms) == sorted(encoder)
     singles = [adapters.factory.aux_loss("contrastive", [term]) for term in terms.values()]

@@ -250,7 +250,7 @@ def test_every_use_of_a_shared_layer_counts_in_the_losses(method: str) -> None:
     moved(adapters)
     model(IDS, task_ids=[0, 1])
     (shared,) = adapters.aux_losses().values()
-    (terms,) = adapters.runtime.losses.values()
+    (terms,) = adapters.runtime.last.losses.values()
     apart = AlbertModel(AlbertConfig(**{**config.to_dict(), "num_hidden_groups": 3})).train()
     others = moepeft.attach(apart, moepeft.method(method, num_tasks=2))
     states = adapters.state_dict(), others.state_dict()
@@ -261,7 +261,7 @@ def test_every_use_of_a_shared_layer_counts_in_the_losses(method: str) -> None:
     )
     apart(IDS, task_ids=[0, 1])
     (expected,) = others.aux_losses().values()
-    assert len(terms) == len(next(iter(others.runtime.losses.values())))
+    assert len(terms) == len(next(iter(others.runtime.last.losses.values())))
     assert torch.isclose(shared, expected, rtol=1e-4)
     shared.backward()
 

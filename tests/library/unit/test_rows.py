@@ -56,8 +56,8 @@ def adapted(model: nn.Module, spec: str = "moelora", **fields: Any) -> moepeft.A
     return adapters
 
 
-# A copy with as many positions as rows says nothing of its order; tokens in one dimension have one length.
-ONE_LENGTH = ("positions first, copied", "tokens in one dimension")
+# As many positions as rows say nothing of their order; tokens in one dimension have one length.
+ONE_LENGTH = ("positions first", "positions first, copied", "tokens in one dimension")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,68 @@ def test_a_row_of_a_mixed_batch_computes_what_it_computes_alone(form: str, spec:
     for row, task in enumerate(IDS):
         alone = adapters.model(x[[row]], task_ids=task)
         torch.testing.assert_close(mixed[[row]], alone, rtol=0, atol=1e-5)
+
+
+def rows_alone(adapters: moepeft.Attachment, x: Tensor) -> Tensor:
+    return torch.cat([adapters.model(x[[row]].contiguous(), task_ids=task) for row, task in enumerate(IDS)])
+
+
+def test_as_many_positions_as_rows_are_refused_until_another_length_has_shown_the_order() -> None:
+    adapters = adapted(Host(*FORMS["positions first"]))
+    square, other = torch.randn(ROWS, ROWS, WIDTH), torch.randn(ROWS, POSITIONS, WIDTH)
+    with pytest.raises(MissingRouting, match="nothing tells which come first"):
+        adapters.model(square, task_ids=IDS)
+    adapters.model(square, task_ids=1)
+    adapters.model(other, task_ids=IDS)
+    mixed = adapters.model(square, task_ids=IDS)
+    torch.testing.assert_close(mixed, rows_alone(adapters, square), rtol=0, atol=1e-5)
+
+
+def test_steps_in_memory_say_nothing_of_the_order() -> None:
+    """A view of memory in another order was taken for positions first, and so was every batch after it."""
+    adapters = adapted(Host(*FORMS["rows first"]))
+    x = torch.randn(ROWS, ROWS, WIDTH)
+    view = x.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(MissingRouting, match="nothing tells which come first"):
+        adapters.model(view, task_ids=IDS)
+    torch.testing.assert_close(adapters.model(x, task_ids=IDS), rows_alone(adapters, x), rtol=0, atol=1e-5)
+
+
+def test_a_table_that_is_expanded_over_the_rows_has_the_rows_first() -> None:
+    adapters = adapted(Host(*FORMS["rows first"]))
+    table = torch.randn(1, ROWS, WIDTH).expand(ROWS, -1, -1)
+    torch.testing.assert_close(adapters.model(table, task_ids=IDS), rows_alone(adapters, table), rtol=0, atol=1e-5)
+
+
+class Windows(nn.Module):
+    """A block whose layer gets each row cut into windows, as Swin's and PatchTST's."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Window(size)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.blocks[0](x)
+        return output
+
+
+class Window(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size, self.inner = size, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.reshape(-1, self.size, WIDTH)).reshape(x.shape)
+
+
+def test_windows_of_as_many_positions_as_rows_are_refused() -> None:
+    """They were taken for positions, and every row got another one's task."""
+    x = torch.randn(ROWS, 2 * ROWS, WIDTH)
+    adapters = adapted(Windows(2))
+    torch.testing.assert_close(adapters.model(x, task_ids=IDS), rows_alone(adapters, x), rtol=0, atol=1e-5)
+    with pytest.raises(MissingRouting, match="inner"):
+        adapted(Windows(ROWS)).model(x, task_ids=IDS)
 
 
 @pytest.mark.parametrize("form", GUESSED)

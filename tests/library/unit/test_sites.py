@@ -160,7 +160,7 @@ def test_debertas_position_table_counts_as_no_token(method: str) -> None:
         adapters = moepeft.attach(model, moepeft.method(method), sites)
         output(model, batch(model, padded=2))
         runtime = adapters.runtime
-        counts = {**runtime.losses.get("balance", {}), **runtime.tallies}
+        counts = {**runtime.last.losses.get("balance", {}), **runtime.tallies}
         recorded.append({name: value for name, value in counts.items() if name.endswith(("query_proj", "value_proj"))})
     rows, values = recorded
     assert {name.rpartition(".")[2] for name in rows} == {"query_proj", "value_proj"}
