@@ -85,7 +85,7 @@ class Forward:
         masks: made of what calls were given, one of each tensor.
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
-        mark: tells forwards apart.
+        mark: tells forwards apart, outside of compiled code.
     """
 
     task_ids: Tensor | None = None
@@ -107,7 +107,7 @@ class Forward:
     tables: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     input: Arranged | None = None
     given: Tensor | None = None
-    mark: object = field(default_factory=object)
+    mark: object = None
 
     def beside(self, task_ids: Tensor | None) -> Forward:
         """The same forward for inputs of other rows, such as an expert's tokens; what is recorded is recorded here.
@@ -224,6 +224,8 @@ class Runtime:
     def begin(self, forward: Forward) -> None:
         """A forward is under way in this thread."""
         self.local.session = None
+        if not torch.compiler.is_compiling():
+            forward.mark = object()
         self.local.forward = self.local.last = forward
 
     def end(self) -> None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from benchmarks.mechanisms.tables import BOUND, interval, multiplier
+from benchmarks.mechanisms.tables import BOUND, interval, multiplier, p_of_zero
 from benchmarks.reporting.views import is_baseline
 from benchmarks.verdict.contest import find_best
 from benchmarks.verdict.evidence import (
@@ -194,7 +193,7 @@ def answer_smallest(question: str, found: Mechanism) -> Answer:
             if len(finite) < max(2, len(logs) / 2):
                 continue
             mean, half = interval(finite)
-            p_values.append(float(stats.ttest_1samp(finite, 0.0).pvalue))
+            p_values.append(p_of_zero(finite))
             if mean > 0:
                 low, high = np.exp(mean - half), np.exp(mean + half)
                 told.append((mean, f"{name} {np.exp(mean):.2g} times fewer ({low:.2g} to {high:.2g})"))
