@@ -216,9 +216,11 @@ class _Command:
         # Cells that are scored on the same differ in learning rates and steps, not in rows.
         protocol = part.due[0].cell.protocol
         scored_on = protocol.evaluate_on
-        if scored_on not in self.benches:
-            self.benches[scored_on] = prepare(
-                self.study.data, protocol, self.source, self.device, self.command, self.store.root
+        # The rows of the reported cells first: what is wrong with one is said before hours of trials.
+        wanted = {self.study.suite.evaluate_on: self.study.suite.protocol, scored_on: protocol}
+        for name in [name for name in wanted if name not in self.benches]:
+            self.benches[name] = prepare(
+                self.study.data, wanted[name], self.source, self.device, self.command, self.store.root
             )
         return run_cells(
             part.due,

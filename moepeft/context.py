@@ -107,15 +107,21 @@ class SiteContext:
             "repeats, regroups or transposes rows, leave the site out, or call it with rows of one task: task_ids=0"
         )
 
-    def mask(self, x: Float[Tensor, "rows *positions d"]) -> Bool[Tensor, "rows tokens"] | None:
+    def mask(self, x: Float[Tensor, "rows *positions d"], *, given: bool = False) -> Bool[Tensor, "rows tokens"] | None:
         """Which of the positions of the input `x`, counted through, are real tokens; None when nothing is padding.
+
+        Args:
+            x: the input.
+            given: ask the mask of `Attachment.route` alone, and not the padding of the call.
 
         Raises:
             MissingRouting: there is a mask with padding that cannot be laid on the input.
         """
         forward, scope = self.forward, self.forward.scope
         explicit = forward.settings.masks.get(self.site.stream)
-        masks = (*(() if explicit is None else (explicit,)), *scope.masks.get(self.site.stream, ()))
+        known_of_call = () if given else scope.masks.get(self.site.stream, ())
+        masks = (*(() if explicit is None else (explicit,)), *known_of_call)
+        unknown = None if given else scope.unknown_mask
         known = forward.input is None or forward.input.rows_known
         positions = None if forward.input is None else forward.input.positions
         if positions is None and x.dim() < 3 and known and scope.rows in (None, x.shape[0]):
@@ -129,7 +135,7 @@ class SiteContext:
                     laid: Tensor | None = mask.on(rows, tokens, scope.copies or 1)
                     if laid is not None:
                         return laid if positions is None else laid.reshape(x.shape[0], -1)
-        if not masks and scope.unknown_mask is None:
+        if not masks and unknown is None:
             return None
         if masks and (torch.compiler.is_compiling() or not all(bool(mask.real().all()) for mask in masks)):
             raise MissingRouting(
@@ -137,10 +143,10 @@ class SiteContext:
                 f"the padding mask of shape {tuple(masks[0].given.shape)}: leave the site out, or give the mask of "
                 "its positions by adapters.route(mask=...)"
             )
-        if scope.unknown_mask is not None and scope.unknown_mask.tells_apart():
+        if unknown is not None and unknown.tells_apart():
             raise MissingRouting(
                 f"site {self.site.name!r} needs the padding mask, and what the call's argument "
-                f"{scope.unknown_mask.name!r} means is not known: give the mask (rows, positions), 1 on real tokens, "
+                f"{unknown.name!r} means is not known: give the mask (rows, positions), 1 on real tokens, "
                 "by adapters.route(mask=...)"
             )
         return None

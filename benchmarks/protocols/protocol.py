@@ -57,6 +57,7 @@ class Protocol(Frozen):
             "scarce_rows",
             "schedule",
             "test_rows",
+            "trial_length",
             "warmup",
         }
     )
@@ -73,8 +74,7 @@ class Protocol(Frozen):
         description="of an encoder's hidden states: the mean over the tokens, or the state of the first or last token",
     )
     heads: Literal["own", "shared"] = Field(
-        default="own",
-        description="one per task, or one for all: then tasks of the same classes can contradict each other",
+        default="own", description="one per task, or one for all: then tasks of one kind can contradict each other"
     )
     task_prefix: bool = Field(
         default=False, description="whether every text begins with its task's name, so that it tells the task"
@@ -130,6 +130,7 @@ class Protocol(Frozen):
         default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
     )
     max_length: Annotated[int, Field(ge=8)] = 128
+    trial_length: PositiveInt | None = Field(default=None, description="max_length of trials, if it is another")
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
     )
@@ -163,8 +164,7 @@ class Protocol(Frozen):
         default=0.5, description="points of the mean score; a difference that lies within counts as none"
     )
     track: Literal["as-published", "matched"] = Field(
-        default="as-published",
-        description="matched: ranks are chosen so that all methods have about as many parameters",
+        default="as-published", description="matched: by ranks all methods have about as many parameters"
     )
     target_parameters: PositiveInt | None = Field(
         default=None, description="trainable adapter numbers of the matched track; None: as many as the reference has"
@@ -225,7 +225,8 @@ class Protocol(Frozen):
 
     def for_trial(self, steps: int) -> Self:
         """The same for choosing a rate: as many steps, scored once, at their end, on the fold."""
-        return self.with_overrides(steps=steps, evaluate_on="fold", checkpoints=())
+        cut = self.with_overrides(steps=steps, evaluate_on="fold", checkpoints=(), max_length=self.trial_length)
+        return cut.model_copy(update={"trial_length": None})
 
     @property
     def warmup_steps(self) -> int:
@@ -257,8 +258,7 @@ class Suite(Protocol):
     )
     tuning_steps: PositiveInt | None = Field(default=None, description="steps of a trial; None: `steps`")
     tuning_first_steps: PositiveInt | None = Field(
-        default=None,
-        description="of a first rung, whose better half goes on to `tuning_steps`; None: there is one rung",
+        default=None, description="of a first rung, whose better half goes on to `tuning_steps`; None: one rung"
     )
     tuning_extensions: Annotated[int, Field(ge=0)] = Field(
         default=0, description="how often the grid may grow until the best rate lies inside of it"

@@ -186,7 +186,7 @@ class Router(nn.Module):
                 f"{self.centroids.shape[1]}, but {ctx.site.name!r} of width {x.shape[-1]} runs first: leave it out by "
                 f"attach(exclude=[{ctx.site.name!r}])"
             )
-        mask = ctx.mask(x) if self.config.mean == "real" else None
+        mask = ctx.mask(x, given=self.config.mean == "all")  # what the user leaves out is never read
         rows = row_mean(x, token_shares(x, mask)) if self.config.routing == "row" else _batch_mean(x, mask)
         rows = rows.to(self.centroids.dtype)
         if ctx.synchronised and self.training and self.config.routing == "batch":

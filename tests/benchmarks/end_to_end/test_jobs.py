@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.cells import pool
+from benchmarks.cells import cell, pool
+from benchmarks.protocols.errors import UsageError
 from benchmarks.records.schema import RunRecord
 from benchmarks.records.store import Store
 from benchmarks.run import main
@@ -103,6 +104,21 @@ def alive(group: int) -> list[str]:
 
 
 # ---------------------------------------------------------------------- tuned and matched
+
+
+@pytest.mark.slow
+def test_the_rows_of_the_report_are_read_before_the_first_trial(bench, monkeypatch):
+    """A question that is too long ended a study after hours of trials, none of which it was in."""
+    read = []
+
+    def refuse(data, protocol, *_: Any) -> None:
+        read.append(protocol.evaluate_on)
+        raise UsageError("task x, row 231: raise max_length")
+
+    monkeypatch.setattr(cell, "prepare", refuse)
+    assert bench("--methods", "lora", "--tune", "1e-3,1e-2", "--tune-steps", "2") == 2
+    assert read == ["reported"]
+    assert not Path("results/tuning").exists()
 
 
 @pytest.mark.slow

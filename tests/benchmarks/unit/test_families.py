@@ -294,7 +294,7 @@ def test_running_the_encoder_once_changes_nothing(method):
 # ---------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("method", moepeft.available())
+@pytest.mark.parametrize("method", [*moepeft.available(), "tucka@released", "mixlora@released"])
 def test_what_is_said_of_a_prompt_knows_nothing_of_the_answer(method):
     """The first token of an answer is as likely as after the prompt alone, in training and in scoring."""
     bed = setting("causal")

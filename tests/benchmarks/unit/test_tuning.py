@@ -79,6 +79,17 @@ def test_a_trial_is_the_same_cell_whatever_else_is_tried_or_reported(tmp_path):
     assert not ids(tuning_seeds=(7,)) & ids()
     assert ids() < ids(tuning_seeds=(1000, 1001))
     assert not ids(tuning_steps=5) & ids()
+    # Trials may read shorter sequences than what is reported.
+    assert ids(max_length=64, trial_length=32) == ids(max_length=32) != ids(max_length=64)
+    (reported, *_) = tuned_cells(suite(max_length=64, trial_length=32), methods(), DATA, {"head": 1e-3})
+    assert reported.cell.protocol.max_length == 64
+    head = [one for one in trial_cells(tmp_path, max_length=32) if one.cell.method == "head"]
+    (own,) = [
+        one.cell
+        for one in tuned_cells(suite(max_length=64, trial_length=32), methods(), DATA, {"head": 1e-3})
+        if one.cell.method == "head"
+    ]
+    assert all(belongs(one.cell, own) for one in head)
 
 
 @pytest.mark.slow
