@@ -267,10 +267,11 @@ class _Command:
                 f"{_at_rate(record)} was run before its trials chose another rate: delete "
                 f"{store.records_folder}/*-{record.cell.id}.json, or the tables have a row for each rate"
             )
-        for record in trial_store(store.root).all():
-            if record.status != "ok" and record.cell.method in self.study.methods:
-                say(f"trial of {_at_rate(record)}: {record.status}: {record.reason}")
-                say("a trial that failed counts as the worst score; --rerun failed tries it again")
+        trials = [record for record in trial_store(store.root).all() if record.cell.method in self.study.methods]
+        for record in [record for record in trials if record.status != "ok"]:
+            say(f"trial of {_at_rate(record)}: {record.status}: {record.reason}")
+        if any(record.status != "ok" for record in trials):
+            say("trials that failed count as the worst score; --rerun failed tries them again")
         failed = part.failed()
         for record in failed:
             say(f"{record.cell.method} seed {record.cell.seed}: {record.status}: {record.reason}")

@@ -97,7 +97,7 @@ class SiteContext:
             return values
         if known and scope.copies is not None and scope.copies > 1 and number * scope.copies == rows:
             return values.repeat_interleave(scope.copies, dim=0)
-        if number == rows:
+        if x is not None and number == rows and x.x.shape[:2] == (rows, rows):
             raise MissingRouting(
                 f"site {self.site.name!r} gets as many positions as rows, {rows}, and nothing tells which come first: "
                 "give a batch of another number of rows, or of another length"

@@ -170,10 +170,10 @@ def _adapted_forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
         forward.input = forward.given = None
         output: Tensor = slot.adapter(x, frozen, slot.context.beside_the_rows())
         return output
-    if forward.given is not x:
-        forward.input = _arranged(x, slot, forward)
-        forward.given = x
     arranged = forward.input
+    if forward.given is not x or arranged is None or arranged.positions is not None:  # positions may be copies
+        arranged = forward.input = _arranged(x, slot, forward)
+        forward.given = x
     assert arranged is not None
     return arranged.restore(slot.adapter(arranged.x, frozen, slot.context))
 

@@ -140,16 +140,17 @@ def bare_weights(state: State) -> Iterator[None]:
     weights = {} if kept is None else _changed(state)
     merged = {name: weight.keep() for name, weight in weights.items()}
     _restore(weights, kept or {})
-    state.disabled += 1
+    inside = object()
+    state.runtime.disabled.add(inside)  # a set: threads may enter and leave at once
     try:
         yield
     finally:
-        state.disabled -= 1
+        state.runtime.disabled.discard(inside)
         _restore(weights, merged)
 
 
 def _check_not_disabled(state: State, what: str) -> None:
-    if state.disabled:
+    if state.runtime.disabled:
         raise NotMergeable(
             f"{what}() inside of disabled(), where the bare weights are in place: leave disabled() first"
         )

@@ -190,6 +190,7 @@ class Runtime:
         self.key = object()
         self.local = threading.local()
         self.memories: WeakKeyDictionary[Any, Memory] = WeakKeyDictionary()
+        self.disabled: set[object] = set()  # one for each caller inside of `Attachment.disabled`; no copy is inside
 
     @property
     def settings(self) -> Settings:

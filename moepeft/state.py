@@ -64,7 +64,6 @@ class State:
         kept: site name -> the weight before `merge`; None unless merged, empty after ``merge(keep=False)``.
         base: what files say of the base, noted when the adapters were merged into its weights; None unless merged.
         merged_task: the task whose update is merged.
-        disabled: how many callers are inside of `Attachment.disabled`.
         steps: whether an adapter wants to know of optimiser steps (`moepeft.protocols.Stepping`).
         stepping_version: version of a parameter at the last training forward of a method that counts for `after_step`.
         chunk_sizes: name of a module -> in how many positions it computed its feed-forward network.
@@ -100,7 +99,6 @@ class State:
         self.kept: dict[str, Any] | None = None
         self.base: dict[str, Any] | None = None
         self.merged_task: int | None = None
-        self.disabled = 0
         self.steps = False
         self.stepping_version = 0
         self.without_values: nn.Module | None = None

@@ -78,10 +78,10 @@ def scores_table(experiment: Experiment, frame: pd.DataFrame) -> Table:
 
 
 def p_of_zero(numbers: Sequence[float]) -> float:
-    """Two-sided p-value of a mean of zero, by Student's t; 0 where all numbers agree to the last digit."""
+    """Two-sided p-value of a mean of zero, by Student's t; 0 where all agree to the last digit, 1 where all are 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(np.mean(numbers)) / np.float64(np.std(numbers, ddof=1) / len(numbers) ** 0.5)
-    return float(2 * stats.t.sf(t, len(numbers) - 1))
+    return 1.0 if np.isnan(t) else float(2 * stats.t.sf(t, len(numbers) - 1))
 
 
 def pairs_table(experiment: Experiment, frame: pd.DataFrame) -> Table:

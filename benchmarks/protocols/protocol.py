@@ -130,7 +130,7 @@ class Protocol(Frozen):
         default=8, description="steps whose rows are sorted by length and cut into batches anew; 1: no sorting"
     )
     max_length: Annotated[int, Field(ge=8)] = 128
-    trial_length: PositiveInt | None = Field(default=None, description="max_length of trials, if it is another")
+    trial_length: Annotated[int, Field(ge=8)] | None = Field(default=None, description="max_length of trials, if other")
     train_rows: PositiveInt | None = Field(
         default=None, description="a seeded subset of this size per task; None: all rows"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_inside_of_disabled_nothing_is_merged_or_unmerged(tmp_path: Path) -> Non
     for change in (adapters.unmerge, adapters.detach, lambda: adapters.switch(tmp_path)):
         with adapters.disabled(), pytest.raises(NotMergeable, match=r"unmerge\(\) inside of disabled\(\)"):
             change()
+    with adapters.disabled():
+        copied = copy.deepcopy(adapters.model)  # is inside of nothing
+    moepeft.attachment(copied).unmerge()
     adapters.unmerge()
     torch.testing.assert_close(adapters.model(x), adapted, rtol=0, atol=0)
     bare = Residuals()(x)
