@@ -38,7 +38,7 @@ class Strength(StrEnum):
     PARTLY = "partly decided"
     UNDECIDED = "undecided"
     COUNTED = "counted"
-    MEASURED = "measured on one machine"
+    MEASURED = "measured"
     NOT_RUN = "not run"
 
 

@@ -24,7 +24,7 @@ STRENGTHS = {
     ),
     Strength.PARTLY: "some methods are told apart, and the sentence says which are not.",
     Strength.UNDECIDED: "the runs do not tell the methods apart.",
-    Strength.MEASURED: "times of one machine; ratios travel better than milliseconds.",
+    Strength.MEASURED: "every table is of one machine, which it names; ratios travel better than milliseconds.",
     Strength.NOT_RUN: "no committed run; the command makes one.",
 }
 
