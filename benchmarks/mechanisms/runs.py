@@ -42,7 +42,8 @@ class Run(_Strict):
         method: as written on the command line: name or name@preset.
         config: the method's resolved hyper-parameters.
         rate: constant learning rate of AdamW.
-        seed: of the teacher and of the student.
+        seed: of the teacher, of the student's start and of its inputs, which draw from three streams.
+        draws: 2. Once all three began with the same numbers; such runs are not read.
     """
 
     curriculum: Curriculum
@@ -51,6 +52,7 @@ class Run(_Strict):
     config: dict[str, Any]
     rate: float
     seed: int
+    draws: Literal[2]
 
     @property
     def id(self) -> str:
@@ -124,7 +126,7 @@ class Outcome(_Strict):
 def plan_run(curriculum: Curriculum, lesson: Lesson, method: str, factory: Any, rate: float, seed: int) -> Run:
     """The run of a configured method."""
     config = json.loads(json.dumps(dataclasses.asdict(factory)))
-    return Run(curriculum=curriculum, lesson=lesson, method=method, config=config, rate=rate, seed=seed)
+    return Run(curriculum=curriculum, lesson=lesson, method=method, config=config, rate=rate, seed=seed, draws=2)
 
 
 def execute(run: Run, machine: str) -> Outcome:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moepeft
 from benchmarks.cells.averaging import WeightAverage
 from benchmarks.mechanisms.teachers import FeedForward, Teacher
+from benchmarks.protocols.seeds import stream
 from moepeft import AdapterFactory, Attachment
 
 
@@ -99,8 +100,8 @@ def teach(teacher: Teacher, factory: AdapterFactory, lesson: Lesson, *, rate: fl
         rate: of AdamW.
         seed: of the adapters, the inputs and the tasks' order.
     """
-    torch.manual_seed(seed)
     host = copy.deepcopy(teacher.host)
+    torch.manual_seed(stream("student", seed))  # the starts here, and dropout later
     adapters = moepeft.attach(host, factory)
     averaged = WeightAverage(list(adapters.parameters()), lesson.average)
     parameters = sum(parameter.numel() for parameter in adapters.parameters())
@@ -130,7 +131,7 @@ def _steps(
     trained = list(adapters.parameters())
     optimiser = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / lesson.warmup))
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(stream("inputs", seed))
     host.train()
     for step in range(1, lesson.steps + 1):
         x = torch.randn(lesson.rows, lesson.positions, _width(teacher), generator=draw)
@@ -213,7 +214,7 @@ def blind_bound(teacher: Teacher, lesson: Lesson) -> float:
 
 def exam(teacher: Teacher, lesson: Lesson) -> Tensor:
     """The inputs of an exam: the same for all students and seeds, and never seen in training."""
-    draw = torch.Generator().manual_seed(2**31 - 1)
+    draw = torch.Generator().manual_seed(stream("exam"))
     return torch.randn(lesson.exam_rows, lesson.positions, _width(teacher), generator=draw)
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.protocols.seeds import stream
+
 Structure = Literal["low_rank", "kronecker", "pyramid", "nested", "pool", "input"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 
@@ -117,7 +119,7 @@ def true_sizes(plan: Curriculum) -> tuple[int, ...] | None:
 
 def make_teacher(plan: Curriculum, seed: int = 0) -> Teacher:
     """Draw a teacher; equal arguments give equal teachers."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(stream("teacher", seed))
     host = FeedForward(plan.width, plan.inner).requires_grad_(False)
     for parameter in host.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) / parameter.shape[-1] ** 0.5)

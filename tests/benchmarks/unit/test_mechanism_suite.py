@@ -148,7 +148,7 @@ def test_a_damaged_archive_is_named_with_its_line(tmp_path: Path, name: str, nam
 def test_a_run_that_cannot_be_made_is_an_outcome_that_says_why() -> None:
     narrow = Curriculum(width=4, inner=4, tasks=2)
     config = dataclasses.asdict(moepeft.method("moelora", num_tasks=1))
-    run = Run(curriculum=narrow, lesson=TINY.lesson, method="moelora", config=config, rate=1e-3, seed=0)
+    run = Run(curriculum=narrow, lesson=TINY.lesson, method="moelora", config=config, rate=1e-3, seed=0, draws=2)
     outcome = execute(run, "none")
     assert outcome.status == "unsupported"
     assert outcome.reason

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 import moepeft
 from benchmarks.mechanisms.students import Lesson, blind_bound, exam, examine, examine_swapped, teach
-from benchmarks.mechanisms.teachers import PYRAMID_SCALES, STRUCTURES, Curriculum, Structure, make_teacher
+from benchmarks.mechanisms.teachers import PYRAMID_SCALES, STRUCTURES, Curriculum, Structure, Teacher, make_teacher
 
 SHORT = Lesson(steps=60, warmup=10, rows=32, exams=(30,), exam_rows=64)
 
@@ -114,3 +116,27 @@ def test_a_rate_too_high_ends_as_diverged() -> None:
     report = teach(teacher, moepeft.method("lora"), SHORT, rate=float("inf"), seed=0)
     assert report.diverged
     assert 60 not in report.curve
+
+
+def test_teacher_start_and_inputs_repeat_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Curriculum(structure="low_rank", tasks=2, conflict=1.0)
+    teacher, drawn, attach = make_teacher(plan, 0), [], moepeft.attach
+    drawn += [parameter.flatten() for parameter in teacher.host.parameters()]
+
+    def spied(*given: Any) -> Any:
+        adapters = attach(*given)
+        drawn.extend(parameter.detach().flatten().clone() for parameter in adapters.parameters() if parameter.any())
+        return adapters
+
+    answer = Teacher.answer
+
+    def overheard(self: Teacher, x: Tensor, tasks: Tensor) -> Tensor:
+        drawn.append(x.flatten())  # of the only step, then of the exam, for every task
+        return answer(self, x, tasks)
+
+    monkeypatch.setattr(moepeft, "attach", spied)
+    monkeypatch.setattr(Teacher, "answer", overheard)
+    teach(teacher, moepeft.method("ept", num_tasks=2), Lesson(steps=1, exams=()), rate=1e-3, seed=0)
+    some = torch.stack([values[:256] for values in drawn if len(values) >= 256]).unique(dim=0)
+    related = torch.corrcoef(some).fill_diagonal_(0.0).abs()
+    assert len(some) > 4 and related.max() < 0.35  # of independent draws: 0.06 at one standard deviation
