@@ -12,7 +12,7 @@ import pytest
 from adjustText import get_bboxes
 
 from benchmarks.records.schema import EmbeddingMap, SiteRouting, TaskEmbeddings
-from benchmarks.reporting.figures.curves import subtract_baseline
+from benchmarks.reporting.figures.curves import smooth, subtract_baseline
 from benchmarks.reporting.figures.embeddings import draw_embeddings
 from benchmarks.reporting.figures.experts import draw_routing, find_blocks, find_unused, measure_entropies
 from benchmarks.reporting.figures.plan import plan_figures
@@ -148,3 +148,11 @@ def test_labels_of_tasks_do_not_cover_each_other():
 def test_pareto_front():
     #          dear and best, beaten by 2, cheap, as cheap but worse, as good as 2 but dearer
     assert find_pareto_front([9, 5, 3, 3, 4], [0.9, 0.6, 0.7, 0.5, 0.7]) == [2, 0]
+
+
+def test_curves_of_many_steps_are_running_means() -> None:
+    noisy = pd.DataFrame({0: np.arange(80) % 2, 1: np.zeros(80)}, index=range(0, 800, 10))
+    expected = np.convolve(noisy[0], np.ones(5) / 5, mode="valid")
+    np.testing.assert_allclose(smooth(noisy)[0].to_numpy()[4:], expected)
+    assert smooth(noisy).shape == noisy.shape
+    pd.testing.assert_frame_equal(smooth(noisy[:20]), noisy[:20].astype(float))
