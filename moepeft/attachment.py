@@ -141,9 +141,9 @@ class Attachment:
 
     def aux_loss(self) -> Tensor:
         """Sum of `aux_losses`, to be added to the task loss; a zero without graph when the method has none."""
-        losses = self.aux_losses()
+        losses = list(self.aux_losses().values())
         if losses:
-            return torch.stack(list(losses.values())).sum()
+            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return torch.zeros((), device=self.state.device)
 
     def after_step(self) -> None:

@@ -48,6 +48,9 @@ class SiteContext:
         Raises:
             MissingRouting: no ids were given, it is not known which row has which, or a row has several.
         """
+        tasks = self.forward.tasks
+        if tasks is not None and self.holds(len(tasks), rows):
+            return tasks
         ids = self.task_sets(rows)
         if ids.shape[1] != 1:
             raise MissingRouting(
@@ -68,17 +71,21 @@ class SiteContext:
                 f"site {self.site.name!r} routes by task but the call had no task ids: pass task_ids (one per row) to "
                 "the model call, or call it inside `with adapters.route(task_ids=...)`, in the same thread"
             )
-        what = f"{ids.shape[0]} task ids"
         if not self.forward.packed:
-            return self.spread(ids[:, 0], rows, what)
+            return self.spread(ids[:, 0], rows)
         if x is None or x.positions != ids.shape[1]:
             raise MissingRouting(
                 f"site {self.site.name!r} gets {rows} rows of other positions than the task_ids of shape "
                 f"{tuple(ids.shape[:2])}, (rows, positions): leave the site out, or give one id per row"
             )
-        return self.spread(ids, rows // x.positions, what).flatten(0, 1)
+        return self.spread(ids, rows // x.positions).flatten(0, 1)
 
-    def spread(self, values: Tensor, rows: int, what: str) -> Tensor:
+    def holds(self, number: int, rows: int) -> bool:
+        """Whether the `rows` rows of the site's input are the call's `number` rows, one by one."""
+        x = self.forward.input
+        return number == rows and (x is None or x.rows_known)
+
+    def spread(self, values: Tensor, rows: int, what: str = "task ids") -> Tensor:
         """Values of the rows of a call, for the `rows` rows that this site gets.
 
         Args:
@@ -89,12 +96,13 @@ class SiteContext:
         Raises:
             MissingRouting: it is not known how the call's rows stand in the input.
         """
-        number, scope, x = values.shape[0], self.forward.scope, self.forward.input
+        number = values.shape[0]
+        if self.holds(number, rows):
+            return values
         if number == 1:
             return values.expand(rows, *values.shape[1:])
+        scope, x = self.forward.scope, self.forward.input
         known = x is None or x.rows_known
-        if number == rows and known:
-            return values
         if known and scope.copies is not None and scope.copies > 1 and number * scope.copies == rows:
             return values.repeat_interleave(scope.copies, dim=0)
         if x is not None and number == rows and x.x.shape[:2] == (rows, rows):
@@ -103,8 +111,9 @@ class SiteContext:
                 "give a batch of another number of rows, or of another length"
             )
         raise MissingRouting(
-            f"got {what} for {rows} rows at site {self.site.name!r}: pass one id per row. Where the model itself "
-            "repeats, regroups or transposes rows, leave the site out, or call it with rows of one task: task_ids=0"
+            f"got {number} {what} for {rows} rows at site {self.site.name!r}: pass one id per row. Where the model "
+            "itself repeats, regroups or transposes rows, leave the site out, or call it with rows of one task: "
+            "task_ids=0"
         )
 
     def mask(self, x: Float[Tensor, "rows *positions d"], *, given: bool = False) -> Bool[Tensor, "rows tokens"] | None:

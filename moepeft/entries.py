@@ -25,6 +25,7 @@ from .held import hold, recall
 from .masks import Mask
 from .preparing import prepare
 from .runtime import Forward, Memory, Runtime
+from .siblings import note
 from .sites import LinearSite
 from .state import ENTRY, Entry, State, entries_of
 from .stepping import check_stepped
@@ -237,8 +238,14 @@ def _open(forward: Forward, entry: Entry, call: Mapping[str, Any]) -> None:
     ids = None if forward.task_ids is None else forward.task_ids.shape[0]
     # A block after one that had positions first has them first as well, where as many rows leave it open.
     part = entry.part._replace(sequence_first=True) if forward.sequence_first else entry.part
-    forward.scopes.append(open_scope(call, forward.scope, part, ids, forward.settings.copies, forward.masks))
-    forward.sequence_first = forward.sequence_first or forward.scope.sequence_first
+    around, before = forward.scope, None if torch.compiler.is_compiling() else forward.opened
+    scope = None if before is None else before.again(call, around, part)
+    if scope is None:
+        scope = open_scope(call, around, part, ids, forward.settings.copies, forward.masks)
+        if not torch.compiler.is_compiling():
+            forward.opened = note(call, around, part, scope)
+    forward.scopes.append(scope)
+    forward.sequence_first = forward.sequence_first or scope.sequence_first
 
 
 def _forward_of(entry: Entry, call: Mapping[str, Any], training: bool) -> Forward:

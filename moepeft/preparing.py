@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from .fast import fast_paths_enabled
 from .ops.processes import has_processes
-from .protocols import Preparing
 from .runtime import Forward
 from .shards import is_sharded
 from .state import State
@@ -26,15 +26,18 @@ def prepare(state: State, adapters: Mapping[str, nn.Module], forward: Forward) -
         adapters: site name -> adapter, of the sites below the called module.
         forward: the one that has begun.
     """
-    idle = not forward.settings.enabled or state.merged
-    if idle or not isinstance(state.factory, Preparing) or not fast_paths_enabled() or torch.compiler.is_compiling():
+    # No isinstance() of `Preparing`: to look at a protocol takes longer than some methods' step takes with it.
+    make: Callable[..., Sequence[Any]] | None = getattr(state.factory, "prepare", None)
+    if make is None or not forward.settings.enabled or state.merged:
+        return
+    if not fast_paths_enabled() or torch.compiler.is_compiling():
         return
     sets = None if forward.task_ids is None or forward.packed else forward.task_ids[:, 0]
     homes = {name: _home(adapter) for name, adapter in adapters.items()}
     home = next((home for home in homes.values() if home is not None), None) if sets is None else sets.device
     names = [name for name in adapters if homes[name] is not None and homes[name] == home]
     if names:
-        made = state.factory.prepare([adapters[name] for name in names], sets)
+        made = make([adapters[name] for name in names], sets)
         forward.prepared = dict(zip(names, made, strict=False))
 
 

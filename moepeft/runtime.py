@@ -27,31 +27,12 @@ from .errors import MissingRouting
 from .layouts import Arranged
 from .masks import Mask
 from .ops.views import same_values, without_graph
-from .roles import Stream
+from .settings import DEFAULT, Settings
+from .siblings import Opened
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `with` blocks of an attachment have set, for one thread or task.
-
-    Attributes:
-        enabled: False inside `Attachment.disabled`.
-        task_ids: set by `Attachment.route`; those given to the call itself win.
-        masks: set by `Attachment.route`, by stream.
-        stats: site name -> routing statistics, inside `Attachment.recording`.
-        copies: how often `generate` repeats each row, in place.
-    """
-
-    enabled: bool = True
-    task_ids: Tensor | None = None
-    masks: Mapping[Stream, Mask] = field(default_factory=dict)
-    stats: dict[str, dict[str, Tensor]] | None = None
-    copies: int = 1
-
-
-DEFAULT = Settings()
 _SEVERAL = (
     "a checkpointed part of the model is computed again, and several forwards with other task ids or another routing "
     "wait for their backward: call backward after each forward, or checkpoint whole blocks"
@@ -86,6 +67,8 @@ class Forward:
         tables: name of an attention module -> its inputs that are rows (see `moepeft.hooks`).
         input: the input of the layer that runs, and `given` as the host gave it.
         mark: tells forwards apart, outside of compiled code.
+        tasks: of the rows, (rows,), where each has one; one of them stands for all rows.
+        opened: the inner call that was opened last.
     """
 
     task_ids: Tensor | None = None
@@ -108,6 +91,12 @@ class Forward:
     input: Arranged | None = None
     given: Tensor | None = None
     mark: object = None
+    opened: Opened | None = None
+    tasks: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        ids = self.task_ids
+        self.tasks = None if ids is None or ids.shape[1:] != (1, 1) else ids[:, 0, 0]
 
     def beside(self, task_ids: Tensor | None) -> Forward:
         """The same forward for inputs of other rows, such as an expert's tokens; what is recorded is recorded here.
@@ -125,6 +114,7 @@ class Forward:
             tables={},
             input=None,
             given=None,
+            opened=None,
         )
 
     @property
@@ -234,7 +224,7 @@ class Runtime:
         last = self.last
         self.local.forward = None
         last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
-        last.masks, last.prepared = [], {}
+        last.masks, last.prepared, last.opened = [], {}, None
         for site, counts in last.counted.items():
             before = self.tallies.get(site)  # on another device, if the model was moved since
             self.tallies[site] = counts if before is None else before.to(counts.device) + counts

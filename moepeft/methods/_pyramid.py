@@ -32,19 +32,23 @@ Runs = tuple[Run, ...]
 
 
 class Ready(NamedTuple):
-    """What the fast path has made of a pyramid before an input is known.
+    """What the fast path has made of a pyramid before an input is known, as the form has it that the site takes.
 
     Attributes:
-        factors: the seed's two factors, transposed, below each other.
+        down: the seed's factor A, spread over all scales.
+        up: the seed's factor B.
         blocks: the experts' kernels with f_e, as block-diagonal matrices; None where `kernel` is there.
         kernel: the gated kernels of every row.
         runs: which rows use which scales.
+        g: what the sorted form sorts the features by; None for the plain form.
     """
 
-    factors: Float[Tensor, "i_g_and_o_g_and_one k"]
+    down: Float[Tensor, "_ _"]
+    up: Float[Tensor, "_ _"]
     blocks: Float[Tensor, "experts S_S"] | None
-    kernel: Float[Tensor, "rows S_S"] | None
+    kernel: Float[Tensor, "rows S S"] | None
     runs: Runs
+    g: int | None
 
 
 class Pyramid(NamedTuple):

@@ -52,7 +52,7 @@ from moepeft.methods._contrastive import (
 )
 from moepeft.methods._fast import ept as _fast
 from moepeft.methods._prepared import Prepared, Site, prepare_sites
-from moepeft.methods._pyramid import Definition, Once, Pyramid, Ready, add_experts
+from moepeft.methods._pyramid import Definition, Once, Pyramid, add_experts
 from moepeft.methods._released import ept as _released
 from moepeft.methods._task_gates import Gates, expert_gates
 from moepeft.methods._validation import check_choices, check_count, check_dropout, check_positive
@@ -102,9 +102,7 @@ class EPT(MethodConfig):
         "gates_all": {"gates": "softmax_all"},
         "gates_double": {"gates": "double_softmax"},
         "no_contrastive": {"contrastive": 0.0},
-        "kernels_2": {"kernels": (2,) * 8},
-        "kernels_4": {"kernels": (4,) * 8},
-        "kernels_8": {"kernels": (8,) * 8},
+        **{f"kernels_{s}": {"kernels": (s,) * 8} for s in (2, 4, 8)},
     }
 
     rank: int = 8
@@ -219,7 +217,8 @@ class EPT(MethodConfig):
 
     def prepare(self, adapters: Sequence[nn.Module], task_sets: Tensor | None) -> Sequence[Prepared]:
         """Gates of the call's rows, and for the fast path what the experts' parameters become."""
-        return prepare_sites([each for each in adapters if isinstance(each, EPTAdapter)], task_sets, self)
+        tasks = None if task_sets is None or task_sets.shape[1] != 1 else task_sets[:, 0]
+        return prepare_sites([each for each in adapters if isinstance(each, EPTAdapter)], tasks, self)
 
     def aux_loss(self, name: str, terms: Sequence[ContrastiveTerm]) -> Tensor:
         """Coefficient times the mean over sites."""
@@ -287,34 +286,35 @@ class EPTAdapter(Site):
 
     def choose(self, logits: Float[Tensor, "*n experts"]) -> Float[Tensor, "*n experts"]:
         """Gates of the router's logits."""
-        return expert_gates(logits / self.config.router_temperature, self.config.top_k, self.config.gates)
+        divisor = self.config.router_temperature
+        return expert_gates(logits if divisor == 1 else logits / divisor, self.config.top_k, self.config.gates)
 
-    def pyramid(self, ready: Ready | None = None) -> Pyramid:
+    def pyramid(self) -> Pyramid:
         """What the experts are made of."""
-        return Pyramid(self.A, self.B, list(self.kernels), self.factors, ready, self.input_is_kept)
+        kernels = [K for K in self.kernels._parameters.values() if K is not None]  # indexing takes ten times as long
+        return Pyramid(self.A, self.B, kernels, self.factors, None, self.input_is_kept)
 
     def add_update(
-        self, y: Tensor, x: Tensor, gates: Tensor, once: Once | None = None, ready: Ready | None = None
+        self, y: Tensor, x: Tensor, gates: Tensor, once: Once | None = None, pyramid: Pyramid | None = None
     ) -> Float[Tensor, "rows *n o"]:
-        """y plus the gated experts' updates; gates are (rows, experts) or (rows, *n, experts)."""
-        return self.config.definition.add_update(y, x, gates, self.pyramid(ready), once)
+        """y plus the gated experts' updates; gates are (rows, experts), or (rows, *n, experts) of tokens."""
+        return self.config.definition.add_update(y, x, gates, pyramid or self.pyramid(), once)
 
     def forward(self, x: Float[Tensor, "rows *n i"], base: Base, ctx: SiteContext) -> Float[Tensor, "rows *n o"]:
         """The frozen layer's output plus the chosen experts' updates."""
         wants_loss, rows = self.training and self.gives_term, x.shape[0]
         tasks = ctx.tasks(rows) if self.config.routing == "task" or wants_loss else None
-        task_sets = None if tasks is None else tasks.unsqueeze(1)
-        made: Prepared = ctx.prepared or prepare_sites([self], task_sets, self.config)[0]
-        gates, ready = (self.route(x), made.ready) if made.gates is None else made.spread(rows, ctx)
+        prepared: Prepared = ctx.prepared or prepare_sites([self], tasks, self.config)[0]
+        made = prepared.spread(rows, ctx)
+        gates = self.route(x) if made.gates is None else made.gates
         if tasks is not None and wants_loss:
             table = self.task_embedding.clone() if made.table is None else made.table
             record_contrastive(ctx, summarise(x, ctx, self.config.anchor), table, tasks)
         ctx.stat("gates", gates)
-        return self.add_update(base(x), self.dropout(x), gates, ctx.of_input, ready)
+        return self.add_update(base(x), self.dropout(x), gates, ctx.of_input, made.pyramid)
 
     def delta_weight(self, task: int | None) -> Float[Tensor, "o i"]:
         """The task's update as a matrix: what `add_update` adds for the unit vectors."""
         assert task is not None
-        gates = self.route(self.task_embedding[task])
-        eye = torch.eye(self.in_features, device=self.A.device, dtype=self.A.dtype)
-        return self.add_update(eye.new_zeros(1, self.in_features, self.out_features), eye[None], gates[None])[0].T
+        gates, x = self.route(self.task_embedding[task]), torch.eye(self.in_features).to(self.A)
+        return self.add_update(x.new_zeros(1, self.in_features, self.out_features), x[None], gates[None])[0].T

@@ -38,7 +38,7 @@ from moepeft.methods._released.mixlora import RECIPES
 from moepeft.methods._validation import check_choice, check_choices, check_count, check_dropout, check_positive
 from moepeft.methods.lora import LoRA, LoRAAdapter
 from moepeft.ops.draws import normal, uniform
-from moepeft.ops.linear import dropout_of
+from moepeft.ops.linear import computing_type, dropout_of
 from moepeft.ops.losses import balance_loss, load_counts
 from moepeft.ops.precision import without_autocast
 from moepeft.protocols import Base, Capabilities, LinearSite
@@ -149,9 +149,7 @@ class MixLoRA(MethodConfig):
     def aux_loss(self, name: str, terms: Sequence[Tensor]) -> Tensor:
         """Coefficient times the balance loss: the mean over layers, or of the pooled counts."""
         counts = torch.stack(list(terms))
-        if self.balance == "pooled":
-            return self.balance_coefficient * balance_loss(counts.sum(dim=0))
-        return self.balance_coefficient * torch.stack([balance_loss(layer) for layer in counts]).mean()
+        return self.balance_coefficient * balance_loss(counts.sum(dim=0) if self.balance == "pooled" else counts).mean()
 
 
 class Routers(nn.Module):
@@ -180,13 +178,13 @@ class Choice(NamedTuple):
         indices: the experts i_j.
         weights: their weights w_j, in float32 at least.
         experts: the experts i_j one-hot over E.
-        rows: of every expert, where it stands among the i_j; None where no fast path asks.
+        ready: what a fast path has made of them; None for the definition.
     """
 
     indices: Int[Tensor, "*n k"]
     weights: Float[Tensor, "k *n 1"]
     experts: Int[Tensor, "k *n experts"]
-    rows: Sequence[Tensor] | None = None
+    ready: _fast.Ready | None = None
 
 
 class Pairs(NamedTuple):
@@ -302,7 +300,8 @@ class InwardAdapter(_Projection):
             ctx.loss("balance", ctx.joint_sum(load_counts(probabilities, choice.indices, ctx.mask(x))))
         ctx.stat("probabilities", probabilities)
         ctx.stat("gates", lambda: (choice.experts * choice.weights).sum(dim=0))
-        return _fast.find_rows(choice) if fast_paths_enabled() else choice
+        pairs = self.config.rank, self.scale, computing_type(x)
+        return choice._replace(ready=_fast.make_ready(choice, *pairs)) if fast_paths_enabled() else choice
 
 
 class OutwardAdapter(_Projection):

@@ -198,7 +198,7 @@ class MOELoRAAdapter(nn.Module):
         rows, made = x.shape[0], ctx.prepared
         if made is None:
             made = self.weights(ctx.task_sets(rows))
-        w, terms = (ctx.spread(each, rows, f"{len(each)} task ids") for each in made)
+        w, terms = (ctx.spread(each, rows) for each in made)
         ctx.stat("gates", lambda: w / self.scale)
         return Weights(w, terms)
 

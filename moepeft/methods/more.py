@@ -250,7 +250,7 @@ class MoREAdapter(nn.Module):
             summary = summarise(x, ctx, self.config.anchor)
             record_contrastive(ctx, summary, table, tasks)
         y = base(x)
-        w = ctx.spread(w, x.shape[0], f"weights of {len(w)} rows")
+        w = ctx.spread(w, x.shape[0], "rows of weights")
         # Its experts are the ranks: a task has chosen one of them.
         ctx.stat("gates", lambda: F.one_hot(self.choice(), self.config.choices)[tasks].to(w.dtype))
         return add_terms(y, self.dropout(x), self.A, self.B, w)

@@ -310,7 +310,7 @@ class TuckAAdapter(nn.Module):
         ctx.stat("gates", routing.gates)
         number = len(routing.group)
         if number not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
-            parts = (ctx.spread(each, x.shape[0], f"{number} routings") for each in routing[1:])
+            parts = (ctx.spread(each, x.shape[0], "routings") for each in routing[1:])
             routing = Routing(routing.site, *parts)
         return base(correct_input(x, self.factors(ctx.prepared), routing, self.alpha))
 

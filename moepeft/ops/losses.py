@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moepeft.ops.precision import without_autocast
+
 
 def load_counts(
     probabilities: Float[Tensor, "rows *positions experts"],
@@ -21,16 +23,15 @@ def load_counts(
     experts = probabilities.shape[-1]
     probabilities = probabilities.flatten(0, -2)
     chosen = F.one_hot(choices.flatten(0, -2), experts).sum(dim=-2).to(probabilities.dtype)
-    weight = torch.ones_like(probabilities[:, :1]) if mask is None else mask.to(probabilities.dtype).reshape(-1, 1)
-    tokens = weight.sum().expand(experts)
-    return torch.stack(((chosen * weight).sum(0).detach(), (probabilities * weight).sum(0), tokens))
+    weight = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype).flatten()
+    with without_autocast(weight):  # a sum over tokens is kept in the type of what is summed
+        return torch.stack((weight @ chosen, weight @ probabilities, weight.sum().expand(experts)))
 
 
-def balance_loss(counts: Float[Tensor, "3 experts"]) -> Float[Tensor, ""]:
+def balance_loss(counts: Float[Tensor, "*layers 3 experts"]) -> Float[Tensor, "*layers"]:
     """Load-balancing loss E * sum_e f_e p_e with f_e the fraction of choices, p_e the mean probability.
 
     All k choices of a token count, so that perfect balance gives k.
     """
-    chosen, probability, tokens = counts
-    tokens = tokens.clamp(min=1)
-    return torch.dot(chosen / tokens, probability / tokens) * counts.shape[1]
+    chosen, probability, tokens = counts.unbind(-2)
+    return (chosen * probability / tokens.clamp(min=1).square()).sum(dim=-1) * counts.shape[-1]

@@ -43,5 +43,5 @@ def _sum_over_sites(terms: Sequence[Term], temperature: float) -> Tensor:
         inverse = torch.cat(squares).clamp(min=LEAST).rsqrt()
         of_rows, of_embeddings = torch.split(inverse, sizes, dim=1)
         cosines = torch.cat(products) * of_rows.unsqueeze(2) * of_embeddings.unsqueeze(1)
-        every = tasks.repeat(len(terms))  # a cross entropy does not care which site a row is of
+        every = tasks.expand(len(terms), -1).reshape(-1)  # a cross entropy does not care which site a row is of
         return F.cross_entropy(cosines.flatten(0, 1) / temperature, every, reduction="sum") / sizes[0]

@@ -1,29 +1,25 @@
 """Fast path of `moepeft.methods.ept.add_pyramid`: the same values and gradients from three products.
 
-**Three products.** By the mixed-product rule of Kronecker products
+By the mixed-product rule of Kronecker products
 
     (B A) (x) K  =  (B (x) I_s) (I_r (x) K) (A (x) I_s)
 
 a scale s is a LoRA of rank r s. Its two factors are structured, and its kernel acts in the rank space. The factors of
 all scales stand side by side: one product down, one by the gated kernels in the rank space, one product up.
 
-**Residues.** Let g divide all scales and m = s / g. A (x) I_s multiplies the features of each residue mod g by the same
-matrix A (x) I_m. So the features are sorted by residue first, and both products need one operation in g.
+**Two forms.** The factors are mostly zeros. The *plain* form multiplies by them as they are: a LoRA of rank r S, where
+S is the sum of the scales, with a product in its middle. The *sorted* form, `moepeft.methods._fast.ept_sorted`, leaves
+out zeros, and scales that no gate of a row has chosen. It needs more operations, and each of them takes time however
+small it is. So the sorted form is for wide layers on a CPU.
 
-**Shapes.** A group is the tokens that share gates: a row, or a single token where tokens are routed. M is the sum of
-the m over all scales, S = g M is the sum of the scales.
-
-    sorted features   (groups, g, tokens, i // g)
-    down, up          (M r, i // g), (M r, o // g)       A (x) I_m and the transposed B (x) I_m of all scales
-    rank space        (groups, g, M r, tokens)           tokens last: the kernels read and write them in place
-    gated kernels     (groups, S, S)                     block-diagonal, one block per scale
+    down, up         (r S, i), (o, r S)       A (x) I_s and B (x) I_s of all scales
+    rank space       (groups, r tokens, S)    a group is the tokens that share gates: a row, or a single token
+    gated kernels    (groups, S, S)           block-diagonal, one block per scale, transposed
 
 **Parameters first.** Factors and gated kernels depend on parameters and tasks alone. `make_ready` makes them for all
 sites together.
 
-**Forward and backward of the products are written by hand.** Autograd would launch three times as many kernels, most of
-them tiny, and keep twice as much for backward. torch.compile fuses the definition instead, so compiled graphs hold the
-definition.
+torch.compile fuses the definition instead, so compiled graphs hold the definition.
 """
 
 from __future__ import annotations
@@ -34,31 +30,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepeft.methods._fast.ept_products import (
-    by_side,
-    into_rank_space,
-    mix,
-    multiplies_together,
-    of_factor,
-    out_of_rank_space,
-    sort_by_residue,
-    unsort,
-)
-from moepeft.methods._fast.ept_runs import WHOLE, find_runs, paying
-from moepeft.methods._fast.ept_tables import Tables, cached_tables
-from moepeft.methods._pyramid import Once, Part, Pyramid, Ready, Runs
-from moepeft.ops.linear import computing_type
+from moepeft.methods._fast.ept_runs import WHOLE, find_runs
+from moepeft.methods._fast.ept_sorted import add_sorted
+from moepeft.methods._fast.ept_tables import Scales, block_table, seed_tables
+from moepeft.methods._pyramid import Once, Pyramid, Ready
+from moepeft.ops.linear import add_linear, computing_type
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
+
+WIDE = 192
+"""A layer is wide whose input and output have so many features together: from there the sorted form is faster."""
+
+Widths = tuple[int, int]
+"""Features of a site's input and of its output."""
+
+
+def is_plain(device: torch.device, widths: Widths) -> bool:
+    """Whether a layer takes the plain form."""
+    return device.type != "cpu" or sum(widths) < WIDE
 
 
 def make_ready(
     pyramids: Sequence[Pyramid],
-    widths: Sequence[tuple[int, int]],
+    widths: Sequence[Widths],
     gates: Sequence[Tensor] | None = None,
     tasks: Tensor | None = None,
 ) -> list[Ready]:
@@ -66,46 +65,84 @@ def make_ready(
 
     Args:
         pyramids: of sites with kernels of the same shapes, on one device.
-        widths: features of each site's input and output.
+        widths: of each site.
         gates: (rows, experts) of each site.
         tasks: of the rows.
     """
-    first, together = pyramids[0], Together(len(pyramids))
-    scales = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels)
-    kind = computing_type(first.A)
-    factors: dict[int, Tensor] = {}
+    first, ready = pyramids[0], dict[int, Ready]()
     with without_autocast(first.A):
-        for group in alike(
-            [(each.A.shape, each.B.shape, *sides) for each, sides in zip(pyramids, widths, strict=True)]
-        ):
-            A = together.stack([pyramids[number].A for number in group], group)
-            B = together.stack([pyramids[number].B for number in group], group)
-            sides = widths[group[0]]
-            where = cached_tables(scales, (A.shape[2], B.shape[1]), sides, len(group), A.device)
-            spread = spread_seeds(A, B, where)
-            factors.update(zip(group, together.apart(spread.to(kind), group), strict=True))
-        kernels = [together.stack([each.kernels[scale] for each in pyramids]) for scale in range(len(scales))]
-        of_scales = [kernel.flatten(1) * factor for kernel, factor in zip(kernels, first.factors, strict=True)]
-        blocks = spread_kernels(torch.cat(of_scales, dim=1), where.blocks, scales)
-        if gates is None:
-            return [Ready(factors[number], each, None, WHOLE) for number, each in enumerate(together.apart(blocks))]
-        stacked = together.stack(gates)
-        gated = (stacked @ blocks).to(kind)
-        runs = [WHOLE] * len(pyramids) if tasks is None else find_runs(stacked, tasks, scales, first.A.shape[0])
-        return [
-            Ready(factors[number], None, each, own)
-            for number, (each, own) in enumerate(zip(together.apart(gated), runs, strict=True))
-        ]
+        for sites in alike([is_plain(first.A.device, sides) for sides in widths]):
+            made = _of_one_form(
+                [pyramids[site] for site in sites],
+                [widths[site] for site in sites],
+                None if gates is None else [gates[site] for site in sites],
+                tasks,
+            )
+            ready.update(zip(sites, made, strict=True))
+    return [ready[site] for site in range(len(pyramids))]
+
+
+def _of_one_form(
+    pyramids: Sequence[Pyramid], widths: Sequence[Widths], gates: Sequence[Tensor] | None, tasks: Tensor | None
+) -> list[Ready]:
+    first, together, every = pyramids[0], Together(len(pyramids)), range(len(pyramids))
+    scales, kind = tuple((len(kernel), kernel.shape[1]) for kernel in first.kernels), computing_type(first.A)
+    g = None if is_plain(first.A.device, widths[0]) else math.gcd(*(size for _, size in scales))
+    groups = alike([(each.A.shape, each.B.shape, *sides) for each, sides in zip(pyramids, widths, strict=True)])
+    stacked = together.stack(
+        *({site: pyramids[site].A for site in group} for group in groups),
+        *({site: pyramids[site].B for site in group} for group in groups),
+        *({site: pyramids[site].kernels[scale] for site in every} for scale in range(len(scales))),
+        *([] if gates is None else [dict(enumerate(gates))]),
+    )
+    As, Bs, kernels = stacked[: len(groups)], stacked[len(groups) : 2 * len(groups)], stacked[2 * len(groups) :]
+    factors = [spread_seeds(A, B, scales, widths[group[0]], g) for A, B, group in zip(As, Bs, groups, strict=True)]
+    numbers = torch.cat([kernel.flatten(1) for kernel in kernels[: len(scales)]], dim=1)
+    of_numbers = _factors_of_numbers(scales, tuple(first.factors), numbers.dtype, numbers.device)
+    blocks = spread_kernels(numbers * of_numbers, scales, g)
+    gated = blocks if gates is None else _square((stacked[-1] @ blocks).to(kind), g)
+    of_kernels, *of_sides = together.apart(
+        (every, gated),
+        *((group, side.to(kind)) for sides, group in zip(factors, groups, strict=True) for side in sides),
+    )
+    down = {site: matrix for own in of_sides[::2] for site, matrix in own.items()}
+    up = {site: matrix for own in of_sides[1::2] for site, matrix in own.items()}
+    if gates is None:
+        return [Ready(down[site], up[site], of_kernels[site], None, WHOLE, g) for site in every]
+    runs = [WHOLE] * len(pyramids)
+    if g is not None and tasks is not None:
+        runs = find_runs(stacked[-1], tasks, scales, len(first.A))
+    return [Ready(down[site], up[site], None, of_kernels[site], runs[site], g) for site in every]
+
+
+@functools.lru_cache(maxsize=64)
+def _factors_of_numbers(
+    scales: Scales, factors: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "numbers"]:
+    """f_e of every number of the kernels."""
+    with torch.inference_mode(False):
+        parts = [[f] * (count * size**2) for (count, size), f in zip(scales, factors, strict=True)]
+        return torch.tensor([f for own in parts for f in own], dtype=dtype, device=device)
 
 
 def spread_seeds(
-    A: Float[Tensor, "sites r i_s"], B: Float[Tensor, "sites o_s r"], where: Tables
-) -> Float[Tensor, "sites rows_and_one k"]:
-    """The transposed factors `down` and `up` below each other, and a row of zeros, which the pruned columns lead to."""
-    sites, r = A.shape[:2]
-    seeds = torch.cat((A.mT, B, _zeros(r, A.dtype, A.device).expand(sites, 1, r)), dim=1)
-    copies: Tensor = _Gathered.apply(seeds.flatten(0, 1), where.seeds, where.from_seeds)  # type: ignore[no-untyped-call]
-    return copies.view(sites, -1, len(where.from_seeds) // (seeds.shape[0] * seeds.shape[1]) * r)
+    A: Float[Tensor, "sites r i_s"],
+    B: Float[Tensor, "sites o_s r"],
+    scales: Scales,
+    widths: Widths,
+    g: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The factors `down` and `up` of all sites, as the form has them."""
+    sites, r, i_s = A.shape
+    index, places = seed_tables(scales, (i_s, B.shape[1]), widths, g or 1, A.device)
+    # Columns of A and rows of B both are r numbers of every site. The last row is zero: the pruned lead to it.
+    seeds = torch.cat((A.permute(2, 0, 1), B.transpose(0, 1), A.new_zeros(1, sites, r))).flatten(1)
+    copies: Tensor = _Gathered.apply(seeds, index, places)  # type: ignore[no-untyped-call]
+    of_sides = [*(width // (g or 1) for width in widths), 1]
+    down, up, _ = torch.split(copies.view(sum(of_sides), -1, sites, r), of_sides)
+    if g is None:
+        return down.permute(2, 3, 1, 0).flatten(1, 2), up.permute(2, 0, 3, 1).flatten(2)
+    return down.permute(2, 0, 1, 3).flatten(2), up.permute(2, 0, 1, 3).flatten(2)
 
 
 class _Gathered(torch.autograd.Function):
@@ -125,10 +162,11 @@ class _Gathered(torch.autograd.Function):
 
 
 def spread_kernels(
-    numbers: Float[Tensor, "sites numbers"], index: Tensor, scales: Sequence[tuple[int, int]]
+    numbers: Float[Tensor, "sites numbers"], scales: Scales, g: int | None
 ) -> Float[Tensor, "sites experts S_S"]:
     """The experts' block-diagonal matrices: a block of each where its scale stands, flat."""
     experts, S = sum(count for count, _ in scales), sum(size for _, size in scales)
+    index = block_table(scales, g or 1, numbers.device)
     places = numbers.new_zeros(len(numbers), experts * S * S)
     return places.scatter(1, index.expand_as(numbers), numbers).view(len(numbers), experts, S * S)
 
@@ -140,152 +178,25 @@ def add_pyramid(
     pyramid: Pyramid,
     once: Once | None = None,
 ) -> Float[Tensor, "rows *n o"]:
-    """`moepeft.methods.ept.add_pyramid`, once differentiable; `once` sorts the features for all sites that read x."""
-    g = math.gcd(*(kernel.shape[1] for kernel in pyramid.kernels))
+    """`moepeft.methods.ept.add_pyramid`; `once` sorts the features for all sites that read x."""
     ready = pyramid.ready or make_ready([pyramid], [(x.shape[-1], y.shape[-1])])[0]
     kernel = ready.kernel
     if kernel is None:
         assert ready.blocks is not None
         with without_autocast(gates):
-            kernel = gates.flatten(0, -2) @ ready.blocks
-
-    def sort() -> Tensor:
-        features: Tensor = _SortedByResidue.apply(x, gates.dim() - 1, g)  # type: ignore[no-untyped-call]
-        return features
-
-    features = sort() if once is None else once("residues", x, sort)
-    kind = computing_type(features)
-    features, factors, kernel = features.to(kind), ready.factors.to(kind), kernel.to(kind)
-    source = x.detach() if sorts_again(x, features, pyramid.input_is_kept) else None
-    updated: Tensor = _AddPyramid.apply(  # type: ignore[no-untyped-call]
-        y, features, source, factors, kernel, _runs_of(ready, features, y)
-    )
-    return updated
+            kernel = _square(gates.flatten(0, -2) @ ready.blocks, ready.g)
+    leading = gates.dim() - 1
+    if ready.g is not None:
+        return add_sorted(y, x, kernel, ready, leading, pyramid.input_is_kept, once)
+    kind = computing_type(x)
+    low = F.linear(x.to(kind), ready.down.to(kind))
+    S = kernel.shape[-1]
+    mixed = torch.bmm(low.view(len(kernel), low.shape[leading:].numel() // S, S), kernel.to(kind))
+    return add_linear(y, mixed.view(low.shape), ready.up)
 
 
-def _runs_of(ready: Ready, features: Float[Tensor, "groups g tokens i_g"], y: Tensor) -> Runs:
-    """The runs that pay: not where groups are multiplied together, as runs are products by group."""
-    if multiplies_together(features, features.shape[2]):
-        return WHOLE
-    return paying(ready.runs, features.numel() + y.numel())
-
-
-def sorts_again(x: Tensor, features: Tensor, is_kept: bool) -> bool:
-    """Whether backward sorts the features of x again, and keeps x in place of the sorted copy.
-
-    Where another layer keeps x as well, keeping x costs no memory. The sorted copies are a quarter of what a T5 keeps.
-    Sorting costs next to nothing on a GPU. On a CPU all inputs together cost 1.5 % of a training step.
-    """
-    return x.dtype == features.dtype and (is_kept or x.device.type != "cpu")
-
-
-class _AddPyramid(torch.autograd.Function):
-    """The three products of every run, and their gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, features: Tensor, source: Tensor | None, factors: Tensor, kernel: Tensor, runs: Runs
-    ) -> Tensor:
-        lows, width = [], features.shape[-1]
-        with without_autocast(features):
-            update = _room(features, factors.shape[0] - 1 - width, runs)
-            for rows, part in runs:
-                down, up = _of_sides(_chosen(factors, part.columns), width)
-                lows.append(into_rank_space(features[rows], down))
-                mixed = mix(_square(_chosen(kernel[rows], part.numbers)), lows[-1])
-                update = out_of_rank_space(mixed, up, update, rows)
-            assert update is not None
-            ctx.save_for_backward(features if source is None else source, factors, kernel, *lows)
-            ctx.sorts_again, ctx.g, ctx.width = source is not None, features.shape[1], width
-            ctx.runs = runs
-            # As `data`: autograd would not let a view made in here be changed in place, as Falcon does.
-            return unsort(update.to(y.dtype), y.shape).add_(y).data
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, factors, kernel, *lows = ctx.saved_tensors
-        g, width, runs = ctx.g, ctx.width, ctx.runs
-        with without_autocast(grad):
-            shape = len(kernel), lows[0].shape[-1]
-            of_update = sort_by_residue(grad.to(factors.dtype).reshape(*shape, grad.shape[-1]), g)
-            features = sort_by_residue(kept.reshape(*shape, kept.shape[-1]), g) if ctx.sorts_again else kept
-            of_features = _room(features, width, runs) if ctx.needs_input_grad[1] else None
-            sums = _Sums(factors, kernel, runs)
-            for (rows, part), low in zip(runs, lows, strict=True):
-                down, up = _of_sides(_chosen(factors, part.columns), width)
-                K = _square(_chosen(kernel[rows], part.numbers))
-                of_mixed = into_rank_space(of_update[rows], up)
-                of_low = mix(K.mT, of_mixed)
-                # The mixed rank space is cheaper made again than kept.
-                of_up = of_factor(mix(K, low), of_update[rows])
-                of_down = of_factor(of_low, features[rows])
-                of_kernel = by_side(of_mixed, K.shape[1]) @ by_side(low, K.shape[1]).mT
-                sums.add(rows, part, (of_down, of_up), of_kernel)
-                if ctx.needs_input_grad[1]:
-                    of_features = out_of_rank_space(of_low, down, of_features, rows)
-        return grad, of_features, None, sums.factors, sums.kernel, None
-
-
-class _Sums:
-    """The gradients of factors and kernels, summed over runs."""
-
-    def __init__(self, factors: Tensor, kernel: Tensor, runs: Runs) -> None:
-        self.whole = runs is WHOLE
-        if not self.whole:
-            self.factors, self.kernel = torch.zeros_like(factors), torch.zeros_like(kernel)
-
-    def add(self, rows: slice, part: Part, of_sides: tuple[Tensor, Tensor], of_kernel: Tensor) -> None:
-        """Those of a run; of one with all scales they are the sum."""
-        end = _zeros(of_sides[0].shape[1], of_sides[0].dtype, of_sides[0].device)
-        of_factors = torch.cat((*of_sides, end))
-        if self.whole:
-            self.factors, self.kernel = of_factors, of_kernel.flatten(1)
-        elif part.columns is None or part.numbers is None:
-            self.factors += of_factors
-            self.kernel[rows] = of_kernel.flatten(1)
-        else:
-            self.factors.index_add_(1, part.columns, of_factors)
-            self.kernel[rows].index_copy_(1, part.numbers, of_kernel.flatten(1))
-
-
-def _chosen(matrix: Tensor, columns: Tensor | None) -> Tensor:
-    # Indexing by [:, columns] takes five times as long.
-    return matrix if columns is None else matrix.index_select(1, columns)
-
-
-def _room(features: Tensor, width: int, runs: Runs) -> Tensor | None:
-    """Where several runs write their sorted features; a single one makes its own."""
-    return features.new_empty(*features.shape[:-1], width) if len(runs) > 1 else None
-
-
-def _square(kernel: Float[Tensor, "groups S_S"]) -> Float[Tensor, "groups S S"]:
-    S = math.isqrt(kernel.shape[1])
-    return kernel.view(len(kernel), S, S)
-
-
-def _of_sides(factors: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`down` and `up`."""
-    return factors[:width].T, factors[width:-1].T
-
-
-@functools.lru_cache(maxsize=64)
-def _zeros(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A row of zeros, made once: the first caller may be in inference mode, and later ones train."""
-    with torch.inference_mode(False):
-        return torch.zeros(1, number, dtype=dtype, device=device)
-
-
-class _SortedByResidue(torch.autograd.Function):
-    """x (rows, *n, i) as (groups, g, tokens, i // g); the first `leading` dimensions of x are the groups."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, leading: int, g: int) -> Tensor:
-        ctx.shape = x.shape
-        groups, tokens = x.shape[:leading].numel(), x.shape[leading:-1].numel()
-        return sort_by_residue(x.reshape(groups, tokens, x.shape[-1]), g)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return unsort(grad, ctx.shape), None, None
+def _square(kernel: Float[Tensor, "*n S_S"], g: int | None) -> Float[Tensor, "*n S S"]:
+    """Flat kernels as the form has them."""
+    S = math.isqrt(kernel.shape[-1])
+    square = kernel.view(*kernel.shape[:-1], S, S)
+    return square.mT if g is None else square

@@ -1,4 +1,4 @@
-"""The products and the sorting of EPT's fast path, on tensors whose features are sorted by residue."""
+"""The products and the sorting of the sorted form, on tensors whose features are sorted by residue, on a CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def out_of_rank_space(
 
 def multiplies_together(x: Tensor, tokens: int) -> bool:
     """Whether all groups are one matrix: groups are small, or the product by groups would copy the factor."""
-    return tokens < FEW_TOKENS or (x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16))
+    return tokens < FEW_TOKENS or x.dtype in (torch.bfloat16, torch.float16)
 
 
 def of_factor(
@@ -80,9 +80,9 @@ def unsort(features: Float[Tensor, "groups g tokens d_g"], shape: Sequence[int])
 def transpose(x: Float[Tensor, "*n a b"]) -> Float[Tensor, "*n b a"]:
     """A transposed copy.
 
-    On a CPU torch copies faster with its shuffle of channels, but not in 16 bits.
+    Torch copies faster with its shuffle of channels, but not in 16 bits.
     """
-    if x.device.type != "cpu" or x.element_size() < 4 or x.numel() == 0:
+    if x.element_size() < 4 or x.numel() == 0:
         return x.mT.clone(memory_format=torch.contiguous_format)
     # The matrices are taken as the positions of an image, and their numbers as its channels.
     *n, a, b = x.shape

@@ -1,7 +1,7 @@
 """Which scales a task uses, where the host knows: EPT multiplies a task's rows by no other.
 
 As published a task uses two experts of eight, so one or two scales of four: 46 % of the rank space on the average. The
-gates say which. A CPU reads them; a GPU would have to wait for them, and has all scales computed. Rows of one task that
+gates say which. A CPU reads them. Rows of one task that
 stand beside each other are one product, a run. To sort the rows by task in here was tried: with two threads the copies
 took longer than the products that were left out. Whoever makes the batch sorts its rows for nothing.
 """
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moepeft.fast import is_recorded
+from moepeft.methods._fast.ept_tables import Scales
 from moepeft.methods._pyramid import Part, Run, Runs
 
 WHOLE: Runs = (Run(slice(None), Part()),)
@@ -26,9 +27,6 @@ PAYS = 1 << 16
 """Features of a run's inputs and outputs from which what is left out takes longer than what a run costs."""
 WORTH = 0.8
 """Where more than this share of the rank space is used, nothing is left out."""
-
-Scales = tuple[tuple[int, int], ...]
-"""Number of experts and kernel size of every scale, ascending."""
 
 
 def find_runs(

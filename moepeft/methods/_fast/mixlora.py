@@ -13,7 +13,7 @@ are, for which a GPU would have to wait, and goes expert by expert, which pays f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,58 +29,80 @@ Pairs = tuple[Tensor, Tensor, float]
 """`moepeft.methods.mixlora.Pairs`: A, B, scale."""
 Rows = Sequence[Tensor]
 """Of every expert, which of the streams' tokens chose it; the streams stand one after another."""
-Choice = tuple[Tensor, Tensor, Tensor, Rows | None]
-"""`moepeft.methods.mixlora.Choice`: indices, weights, experts, rows."""
-AnyChoice = TypeVar("AnyChoice", bound=Any)
 
 FEW_TOKENS = 512
 """With fewer tokens in all streams together, a loop over experts takes longer than the products that it saves."""
 
 
-def find_rows(choice: AnyChoice) -> AnyChoice:
-    """The choice, with `rows` where each expert is to multiply its own tokens alone."""
+class Ready(NamedTuple):
+    """What is made of the choice of an FFN's experts, once for all of the FFN's projections.
+
+    Attributes:
+        rows: of every expert, where each multiplies its own; else none.
+        mask: else, of the concatenated rank space of all experts, (k, *n, E r): the scale alpha / r where the expert is
+            that of the stream's token, and zero elsewhere.
+    """
+
+    rows: Rows
+    mask: Tensor | None
+
+
+Choice = tuple[Tensor, Tensor, Tensor, Ready | None]
+"""`moepeft.methods.mixlora.Choice`: indices, weights, experts, ready."""
+
+
+def make_ready(choice: Choice, rank: int, scale: float, kind: torch.dtype) -> Ready:
+    """What is ready: rows where each expert is to multiply its own tokens alone.
+
+    Args:
+        choice: of an FFN's input.
+        rank: of every expert.
+        scale: alpha / r.
+        kind: type of the products.
+    """
     indices, _, experts, _ = choice
     if indices.device.type != "cpu" or indices.numel() < FEW_TOKENS or is_recorded():
-        return choice
+        return Ready((), (scale * experts.to(kind)).repeat_interleave(rank, dim=-1))
     chosen = indices.movedim(-1, 0).flatten()
     counts = torch.bincount(chosen, minlength=experts.shape[-1]).tolist()
-    found: AnyChoice = choice._replace(rows=chosen.argsort(stable=True).split(counts))
-    return found
+    return Ready(torch.split(chosen.argsort(stable=True), counts), None)
 
 
 def project_in(y: Tensor, x: Tensor, pairs: Pairs | None, choice: Choice) -> Tensor:
     """Fast path of `moepeft.methods.mixlora.project_in`."""
-    indices, _, experts, rows = choice
+    indices, _, experts, _ = choice
     if pairs is None:
         return y.repeat(len(experts), *(1,) * y.dim())
     A, B, scale = pairs
-    down = F.linear(x, A.to(x.dtype)) * scale
-    if rows is None:
-        return add_linear(y, down * _rank_mask(experts, down), B)
-    of_experts = torch.unflatten(down, -1, (experts.shape[-1], -1)).unsqueeze(0)
+    rows, mask = _ready(choice, pairs, x)
+    down = F.linear(x, A.to(x.dtype))
+    if mask is not None:
+        return add_linear(y, down * mask, B)
+    of_experts = torch.unflatten(down * scale, -1, (experts.shape[-1], -1)).unsqueeze(0)
     chosen = torch.take_along_dim(of_experts, indices.movedim(-1, 0)[..., None, None], dim=-2).squeeze(-2)
     return _by_experts(chosen, B, rows, dim=1).to(y.dtype).add_(y)
 
 
 def project_out(base: Base, h: Tensor, x: Tensor, pairs: Pairs | None, choice: Choice) -> Tensor:
     """Fast path of `moepeft.methods.mixlora.project_out`."""
-    indices, weights, experts, rows = choice
+    indices, weights, experts, _ = choice
     weights = weights.to(h.dtype)
     y = base((h * weights).sum(dim=0))
     if pairs is None:
         return y
     A, B, scale = pairs
-    if rows is None:
-        down = F.linear(x, A.to(x.dtype)) * (scale * weights)
-        return add_linear(y, (down * _rank_mask(experts, down)).sum(dim=0), B)
+    rows, mask = _ready(choice, pairs, x)
+    if mask is not None:
+        return add_linear(y, (F.linear(x, A.to(x.dtype)) * (weights * mask)).sum(dim=0), B)
     down = (_by_experts(x, A, rows, dim=0) * (scale * weights)).movedim(0, -2)
     space = down.new_zeros(*indices.shape[:-1], experts.shape[-1], down.shape[-1])
     return add_linear(y, space.scatter(-2, indices.unsqueeze(-1).expand(down.shape), down).flatten(-2), B)
 
 
-def _rank_mask(experts: Tensor, down: Tensor) -> Tensor:
-    """The choice of expert as a factor on the concatenated rank space, (k, ..., E r)."""
-    return experts.to(down.dtype).repeat_interleave(down.shape[-1] // experts.shape[-1], dim=-1)
+def _ready(choice: Choice, pairs: Pairs, x: Tensor) -> Ready:
+    """What is ready, or is made here where a definition's choice comes."""
+    A, _, scale = pairs
+    return choice[3] or make_ready(choice, len(A) // choice[2].shape[-1], scale, computing_type(x))
 
 
 def _by_experts(x: Tensor, weight: Tensor, rows: Rows, dim: int) -> Tensor:

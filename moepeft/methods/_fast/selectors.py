@@ -18,21 +18,25 @@ def route_rows(
     selectors: Sequence[Selector], choose: Callable[[Tensor], Tensor], tasks: Tensor, kind: torch.dtype
 ) -> list[tuple[Tensor, Tensor]]:
     """Fast path of `moepeft.methods._task_gates.route_rows`."""
-    together, logits = Together(len(selectors)), []
-    order: list[int] = []
-    tables: dict[int, Tensor] = {}
-    for group in alike([table.shape[1] for table, _, _ in selectors]):
-        table = together.stack([selectors[number][0] for number in group], group)
-        gate = together.stack([selectors[number][1] for number in group], group)
+    together = Together(len(selectors))
+    groups = alike([table.shape[1] for table, _, _ in selectors])
+    has_bias = selectors[0][2] is not None
+    parts = [
+        {n: tensor for n in group if (tensor := selectors[n][part]) is not None}
+        for group in groups
+        for part in range(3)
+    ]
+    stacked = iter(together.stack(*(own for own in parts if own)))
+    tables, logits = [], []
+    for group in groups:
+        table, gate = next(stacked), next(stacked)
+        # One site's stack is a view of the parameter.
+        tables.append((group, table.clone() if len(selectors) == 1 else table))
         several = at_least_twice(table)
-        biases = [bias for bias in (selectors[number][2] for number in group) if bias is not None]
-        if biases:
-            logits.append(torch.baddbmm(together.stack(biases, group).unsqueeze(1), several, gate.mT))
-        else:
-            logits.append(several @ gate.mT)
-        copies = table.clone() if len(selectors) == 1 else table  # one site's stack is a view of the parameter
-        tables.update(zip(group, together.apart(copies, group), strict=True))
-        order += group
-    chosen = together.apart(choose(torch.cat(logits)).index_select(1, tasks).to(kind), order)
-    of_sites = dict(zip(order, chosen, strict=True))
-    return [(of_sites[number], tables[number]) for number in range(len(selectors))]
+        bias = next(stacked).unsqueeze(1) if has_bias else None
+        logits.append(several @ gate.mT if bias is None else torch.baddbmm(bias, several, gate.mT))
+    order = [number for group in groups for number in group]
+    chosen = choose(torch.cat(logits)).index_select(1, tasks).to(kind)
+    of_rows, *of_tables = together.apart((order, chosen), *tables)
+    copies = {number: table for own in of_tables for number, table in own.items()}
+    return [(of_rows[number], copies[number]) for number in range(len(selectors))]

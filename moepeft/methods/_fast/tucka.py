@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moepeft.errors import ConfigError
@@ -21,7 +20,7 @@ from moepeft.ops.together import Together, alike
 Factors = tuple[Tensor, Tensor, Tensor, Any]
 """`moepeft.methods.tucka.Factors`: core, factor, mixing, ready."""
 Ready = tuple[Tensor, Tensor]
-"""Of a site: U, and the matrices (k t, r r) of its experts, alpha times as large and with all norms divided out."""
+"""Of a site: U, and the transposed matrices (k t, r r) of its experts, times alpha, with all norms divided out."""
 
 
 def correct_input(x: Tensor, factors: Factors, routing: Any, alpha: float) -> Tensor:
@@ -29,12 +28,14 @@ def correct_input(x: Tensor, factors: Factors, routing: Any, alpha: float) -> Te
     ready: Ready = factors[3] or make_ready([factors], alpha)[0]
     kind = computing_type(x)
     U, experts = ready[0].to(kind), ready[1]
-    M = torch.unflatten((routing.gates.to(experts.dtype) @ experts).to(kind), -1, (U.shape[1], -1))
-    if M.shape[0] not in (1, x.shape[0]):  # beam search repeated the rows after they were routed
-        M = M.repeat_interleave(x.shape[0] // M.shape[0], dim=0)
-    down = F.linear(x, U.T)
-    if M.shape[0] == 1:
-        return add_linear(x, down, U @ M.squeeze(0).T)
+    number, r = len(routing.gates), U.shape[1]
+    transposed = (routing.gates.to(experts.dtype) @ experts).to(kind)
+    down = x @ U
+    if number == 1:
+        return add_linear(x, down, U @ transposed.view(r, r))
+    M = transposed.view(number, r, r).mT
+    if number != x.shape[0]:  # beam search repeated the rows after they were routed
+        M = M.repeat_interleave(x.shape[0] // number, dim=0)
     return add_linear(x, multiply_rows(down, M), U)
 
 
@@ -43,21 +44,20 @@ def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
     kind = computing_type(factors[0][0])
     together, groups = Together(len(factors)), alike([each[1].shape[0] for each in factors])
     order = [number for group in groups for number in group]
-    ready: dict[int, Tensor] = {}
-    squares = []
     with without_autocast(factors[0][0]):
-        for group in groups:
-            U = together.stack([factors[number][1] for number in group], group)
-            squares.append(U.square().sum(dim=(1, 2)))
-            ready.update(zip(group, together.apart(U.to(kind), group), strict=True))
-        core = together.stack([factors[number][0] for number in order], order)
-        mixing = together.stack([factors[number][2] for number in order], order)
+        core, mixing, *Us = together.stack(
+            {number: factors[number][0] for number in order},
+            {number: factors[number][2] for number in order},
+            *({number: factors[number][1] for number in group} for group in groups),
+        )
+        squares = torch.cat([U.square().sum(dim=(1, 2)) for U in Us])
         square = core.square().sum(dim=(2, 3, 4)) * mixing.square().sum(dim=(1, 2)).unsqueeze(1)
-        scale = alpha * square.rsqrt() / torch.cat(squares).unsqueeze(1)
-        experts = (mixing.unsqueeze(1) @ core.flatten(3)) * scale[:, :, None, None]
-        of_sites = together.apart(experts.flatten(1, 2).to(kind), order)
-    matrices = dict(zip(order, of_sites, strict=True))
-    return [(ready[number], matrices[number]) for number in range(len(factors))]
+        scale = alpha * square.rsqrt() / squares.unsqueeze(1)
+        experts = (mixing.unsqueeze(1) @ core.mT.flatten(3)) * scale[:, :, None, None]
+        of_groups = ((group, U.to(kind)) for group, U in zip(groups, Us, strict=True))
+        matrices, *parts = together.apart((order, experts.flatten(1, 2).to(kind)), *of_groups)
+    factor = {number: U for own in parts for number, U in own.items()}
+    return [(factor[number], matrices[number]) for number in range(len(factors))]
 
 
 def fixed_update(factors: Factors, gates: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -65,5 +65,5 @@ def fixed_update(factors: Factors, gates: Tensor, weight: Tensor, alpha: float) 
     U, experts = make_ready([factors], alpha)[0]
     if gates.shape != experts.shape[:1]:
         raise ConfigError(f"TuckA: gates of shape {tuple(gates.shape)}, wanted ({len(experts)},): groups times experts")
-    M = torch.unflatten(gates.to(experts) @ experts, -1, (U.shape[1], -1))
-    return (weight.to(U) @ U @ M.T) @ U.T
+    transposed = (gates.to(experts) @ experts).view(U.shape[1], -1)
+    return (weight.to(U) @ U @ transposed) @ U.T

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moepeft
+from moepeft.methods._fast import ept
 from moepeft.methods.ept import EPTAdapter
 from tests.library.property.configurations import (
     TASKS,
@@ -100,6 +101,17 @@ def test_fast_paths_equal_definitions(name: str) -> None:
             )
 
     check()
+
+
+@pytest.mark.parametrize("wide", [0, 1 << 30], ids=["sorted", "plain"])
+def test_both_forms_of_ept_equal_its_definition(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the widths, which else decide."""
+    monkeypatch.setattr(ept, "WIDE", wide)
+    test_fast_paths_equal_definitions("ept")
+    for shape in ((0, 5), (3, 0), (0,)):
+        test_nothing_is_computed_of_nothing("ept", shape, fast=True)
+    fast, defined = both_ways(wide_case(moepeft.EPT(num_tasks=TASKS, top_k=1)))
+    torch.testing.assert_close(fast, defined, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def plain_case(factory: moepeft.AdapterFactory) -> dict[str, Any]:

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 import moepeft
 from moepeft.errors import ConfigError, Unsupported
 from moepeft.fast import fast_paths
+from moepeft.methods._fast import ept
 from moepeft.methods.ept import EPT, Definition, Pyramid, add_experts, add_pyramid, expert_gates, expert_update
 from tests.support.hosts import batch, build, output
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=[True, False], ids=["fast", "definition"])
-def either(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Both ways to compute."""
-    with fast_paths(request.param):
-        yield request.param
+@pytest.fixture(params=["plain", "sorted", "definition"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """The ways to compute: both forms of the fast path, and the definition. Whether it is the fast path."""
+    monkeypatch.setattr(ept, "WIDE", 0 if request.param == "sorted" else 1 << 30)
+    with fast_paths(request.param != "definition"):
+        yield request.param != "definition"
 
 
 def draw_pyramid(

@@ -20,10 +20,15 @@ IDS = torch.tensor([0, 1, 2, 0])
 def test_stacked_and_apart() -> None:
     tensors = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     together = Together(3)
-    parts = together.apart(together.stack(tensors).square())
-    (parts[0].sum() + 2 * parts[2].sum()).backward()
+    others = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    all_three, two = together.stack(dict(enumerate(tensors)), {0: others[0], 1: others[1]})
+    parts, more = together.apart((range(3), all_three.square()), ((0, 1), two.exp()))
+    (parts[0].sum() + 2 * parts[2].sum() + more[0].sum()).backward()
     first, unused, last = (tensor.grad for tensor in tensors)
     assert unused is None
+    assert others[1].grad is None
+    assert others[0].grad is not None
+    assert torch.equal(others[0].grad, others[0].exp())
     assert first is not None
     assert last is not None
     assert torch.equal(first, 2 * tensors[0])
