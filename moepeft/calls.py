@@ -169,6 +169,11 @@ def _main_input(call: Mapping[str, Any], part: Part, around: Scope | None) -> tu
     return around is None, next(tensors, None)
 
 
+def is_tower(call: Mapping[str, Any]) -> bool:
+    """Whether the call has an input of its own, and no hidden states of the call around it."""
+    return any(isinstance(call.get(name), Tensor) for name in (*_RAW, *_RAW_OF_DECODERS))
+
+
 def _has_positions_first(main: Tensor, ids: int | None) -> bool:
     """Whether a main input that no model of transformers names so has as many rows as there are ids in dimension 1."""
     return ids not in (None, 1, main.shape[0]) and main.dim() == 3 and main.shape[1] == ids and main.is_floating_point()

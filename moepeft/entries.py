@@ -238,12 +238,14 @@ def _open(forward: Forward, entry: Entry, call: Mapping[str, Any]) -> None:
     ids = None if forward.task_ids is None else forward.task_ids.shape[0]
     # A block after one that had positions first has them first as well, where as many rows leave it open.
     part = entry.part._replace(sequence_first=True) if forward.sequence_first else entry.part
-    around, before = forward.scope, None if torch.compiler.is_compiling() else forward.opened
+    around, kind = forward.scope, type(part.module)
+    before = None if torch.compiler.is_compiling() else forward.opened.get(kind)
     scope = None if before is None else before.again(call, around, part)
     if scope is None:
         scope = open_scope(call, around, part, ids, forward.settings.copies, forward.masks)
-        if not torch.compiler.is_compiling():
-            forward.opened = note(call, around, part, scope)
+        noted = None if torch.compiler.is_compiling() else note(call, around, part, scope)
+        if noted is not None:
+            forward.opened[kind] = noted
     forward.scopes.append(scope)
     forward.sequence_first = forward.sequence_first or scope.sequence_first
 

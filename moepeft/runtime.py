@@ -68,7 +68,7 @@ class Forward:
         input: the input of the layer that runs, and `given` as the host gave it.
         mark: tells forwards apart, outside of compiled code.
         tasks: of the rows, (rows,), where each has one; one of them stands for all rows.
-        opened: the inner call that was opened last.
+        opened: kind of module -> the last inner call of one.
     """
 
     task_ids: Tensor | None = None
@@ -91,7 +91,7 @@ class Forward:
     input: Arranged | None = None
     given: Tensor | None = None
     mark: object = None
-    opened: Opened | None = None
+    opened: dict[type, Opened] = field(default_factory=dict)
     tasks: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Forward:
             tables={},
             input=None,
             given=None,
-            opened=None,
+            opened={},
         )
 
     @property
@@ -224,7 +224,7 @@ class Runtime:
         last = self.last
         self.local.forward = None
         last.of_inputs, last.tables, last.input, last.given = {}, {}, None, None
-        last.masks, last.prepared, last.opened = [], {}, None
+        last.masks, last.prepared, last.opened = [], {}, {}
         for site, counts in last.counted.items():
             before = self.tallies.get(site)  # on another device, if the model was moved since
             self.tallies[site] = counts if before is None else before.to(counts.device) + counts

@@ -1,7 +1,7 @@
 """Calls of blocks that follow each other: one call is like the one before, but for its hidden states.
 
 What a call says of its rows is read off all its arguments, for every block anew. That takes as long as an adapted layer
-does. A call that has the very arguments of the one before is the same.
+does. A call that has the very arguments of the last one of the same kind of module has the same scope.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .calls import Part, Scope
+from .calls import Part, Scope, is_tower
 
 
 class Opened(NamedTuple):
@@ -36,7 +36,7 @@ class Opened(NamedTuple):
     def again(self, call: Mapping[str, Any], around: Scope, part: Part) -> Scope | None:
         """The scope of a call of a module of the same kind, if nothing that a scope depends on is different."""
         main, others = call.get(self.main), self.others
-        if around is not self.around or not isinstance(main, Tensor) or main._base is not None:
+        if not isinstance(main, Tensor) or main._base is not None or not _tells_the_same(around, self.around):
             return None
         same_part = type(part.module) is type(self.part.module) and part[1:] == self.part[1:]
         if not same_part or _form(main) != self.form or len(call) != len(others) + 1:
@@ -55,10 +55,18 @@ def note(call: Mapping[str, Any], around: Scope, part: Part, scope: Scope) -> Op
     if main is None or main._base is not None or not plain or scope.sequence_first or scope.square:
         return None
     first = next(iter(call))
-    if call[first] is not main:
+    if call[first] is not main or is_tower(call):
         return None
     others = {name: value for name, value in call.items() if name != first}
-    return Opened(first, _form(main), others, around, part, scope.past_the_call())
+    return Opened(first, _form(main), others, around.past_the_call(), part, scope.past_the_call())
+
+
+def _tells_the_same(one: Scope, other: Scope) -> bool:
+    """Whether two scopes differ in their main input at most."""
+    simple = one.rows, one.tokens, one.copies, one.sequence_first, one.square, one.learned
+    if simple != (other.rows, other.tokens, other.copies, other.sequence_first, other.square, other.learned):
+        return False
+    return one.unknown_mask is other.unknown_mask and one.masks == other.masks
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:
