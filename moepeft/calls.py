@@ -10,13 +10,13 @@ dimensions made one (choices, frames of a video); nothing else. Task ids are nev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .masks import Mask, mask_of
+from .masks import Mask, UnknownMask, mask_of, unknown_mask_of
 from .roles import Stream
 
 # A part of a model that takes one of these has rows and masks of its own: it is a tower. Others take hidden states.
@@ -25,23 +25,9 @@ _RAW_OF_DECODERS = ("decoder_input_ids", "decoder_inputs_embeds")
 _NO_MAIN_INPUT = ("task_ids", "labels", "attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
 
-# What is named a mask and says nothing of padding.
-_NO_PADDING = ("head_mask", "global_attention_mask", "perm_mask", "observed_mask", "special_tokens_mask", "loss_mask")
-
-
-class UnknownMask(NamedTuple):
-    """An argument that seems to be a padding mask: its name, and its values."""
-
-    name: str
-    given: Tensor
-
-    def tells_apart(self) -> bool:
-        """Whether it says of some positions what it does not say of others. Compiled code takes it to."""
-        return torch.compiler.is_compiling() or bool((self.given != self.given.flatten()[:1]).any())
-
-
-class Scope(NamedTuple):
-    """What one call of a model or of a part of it knows.
+@dataclass(frozen=True, eq=False, slots=True)
+class Scope:
+    """What one call of a model or of a part of it knows. No tuple: torch 2.11 compiles none that outlives the graph.
 
     Attributes:
         rows: number of rows; None where nothing is known.
@@ -59,7 +45,7 @@ class Scope(NamedTuple):
     rows: int | None = None
     tokens: int | None = None
     copies: int | None = 1
-    masks: Mapping[Stream, tuple[Mask, ...]] = MappingProxyType({})
+    masks: Mapping[Stream, tuple[Mask, ...]] = field(default_factory=dict)
     main: Tensor | None = None
     sequence_first: bool = False
     unknown_mask: UnknownMask | None = None
@@ -68,7 +54,18 @@ class Scope(NamedTuple):
 
     def past_the_call(self) -> Scope:
         """The same without the input, for what outlives the call."""
-        return self._replace(main=None)
+        return self.with_call(None, self.masks, self.unknown_mask, self.learned)
+
+    def with_call(
+        self,
+        main: Tensor | None,
+        masks: Mapping[Stream, tuple[Mask, ...]],
+        unknown_mask: UnknownMask | None,
+        learned: int | None,
+    ) -> Scope:
+        """The same rows and positions with what else a call says."""
+        own = self.rows, self.tokens, self.copies
+        return Scope(*own, masks, main, self.sequence_first, unknown_mask, self.square, learned)
 
 
 def looks_transposed(x: Tensor) -> bool:
@@ -106,10 +103,10 @@ def open_scope(
         for stream, found in _masks(call, around, part, tower=raw, main=main).items()
     }
     # What the parts of a model of transformers call masks was made of what the model was given.
-    unknown = _unknown_mask(call, part.known_masks) if around is None or not part.known_masks else None
+    unknown = unknown_mask_of(call, part.known_masks) if around is None or not part.known_masks else None
     learned = None if raw or around is None else _learned(call, main, scope, around)
     unknown = unknown or (around.unknown_mask if around else None)
-    return scope._replace(masks=masks, main=main, unknown_mask=unknown, learned=learned)
+    return scope.with_call(main, masks, unknown, learned)
 
 
 def _known(mask: Mask, seen: list[Mask]) -> Mask:
@@ -306,12 +303,3 @@ def continues(call: Mapping[str, Any]) -> bool | Tensor:
     if past is None:
         return False
     return past_positions(call) > 0 if hasattr(past, "get_seq_length") else True
-
-
-def _unknown_mask(call: Mapping[str, Any], of_transformers: bool) -> UnknownMask | None:
-    known = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
-    for name, value in call.items():
-        named_so = name.endswith("mask") and not name.endswith(_NO_PADDING) if of_transformers else "mask" in name
-        if named_so and name not in known and isinstance(value, Tensor) and value.numel():
-            return UnknownMask(name, value)
-    return None

@@ -26,8 +26,8 @@ def hold(key: int, values: Mapping[str, Any], call: Mapping[str, Any], output: A
     """
     if not values:
         return
-    caches = {id(cache): cache for cache in (call.get("past_key_values"), getattr(output, "past_key_values", None))}
-    carriers = [cache for cache in caches.values() if hasattr(cache, "get_seq_length")]
+    given, made = call.get("past_key_values"), getattr(output, "past_key_values", None)
+    carriers = [cache for cache in ((given,) if made is given else (given, made)) if hasattr(cache, "get_seq_length")]
     if hasattr(output, "last_hidden_state"):
         carriers.append(output)
     for carrier in carriers:

@@ -10,13 +10,15 @@ rule makes of audio frames. A mask that cannot be laid is never cut to fit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # What is added to the logit of a key that may be attended to is no smaller.
 _SMALLEST_BIAS = -5000.0
+# What is named a mask and says nothing of padding.
+_NO_PADDING = ("head_mask", "global_attention_mask", "perm_mask", "observed_mask", "special_tokens_mask", "loss_mask")
 
 
 class Mask:
@@ -103,3 +105,24 @@ def _attended(mask: Tensor) -> Tensor:
         return mask.bool()
     ones_and_zeros = ((mask >= 0) & (mask <= 1)).all() & (mask > 0).any()
     return torch.where(ones_and_zeros, mask > 0, mask > _SMALLEST_BIAS)
+
+
+class UnknownMask(NamedTuple):
+    """An argument that seems to be a padding mask: its name, and its values."""
+
+    name: str
+    given: Tensor
+
+    def tells_apart(self) -> bool:
+        """Whether it says of some positions what it does not say of others. Compiled code takes it to."""
+        return torch.compiler.is_compiling() or bool((self.given != self.given.flatten()[:1]).any())
+
+
+def unknown_mask_of(call: Mapping[str, Any], of_transformers: bool) -> UnknownMask | None:
+    """The first argument that seems to be a mask and is none of those whose meaning is known."""
+    known = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+    for name, value in call.items():
+        named_so = name.endswith("mask") and not name.endswith(_NO_PADDING) if of_transformers else "mask" in name
+        if named_so and name not in known and isinstance(value, Tensor) and value.numel():
+            return UnknownMask(name, value)
+    return None

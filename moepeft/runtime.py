@@ -73,7 +73,7 @@ class Forward:
 
     task_ids: Tensor | None = None
     scopes: list[Scope] = field(default_factory=lambda: [Scope()])
-    settings: Settings = DEFAULT
+    settings: Settings = field(default_factory=lambda: DEFAULT)  # torch 2.11 compiles no default that is an object
     goes_on: bool | Tensor = False
     recomputes: bool = False
     grad: bool = False

@@ -7,6 +7,7 @@ does. A call that has the very arguments of the last one of the same kind of mod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,7 +46,7 @@ class Opened(NamedTuple):
         for (name, value), other in zip(call.items(), (self.main, *others), strict=True):
             if name != other or (name != self.main and value is not others[name]):
                 return None
-        return self.scope._replace(main=main)
+        return replace(self.scope, main=main)
 
 
 def note(call: Mapping[str, Any], around: Scope, part: Part, scope: Scope) -> Opened | None:

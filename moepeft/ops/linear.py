@@ -61,7 +61,8 @@ def token_shares(
         tokens = x.shape[1:-1].numel()
         return x.new_full((x.shape[0], tokens), 1 / max(1, tokens))
     weight = mask.to(x.dtype)
-    return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    # Under autocast a sum is of another type than its terms.
+    return (weight / weight.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 def row_mean(x: Float[Tensor, "rows *positions d"], shares: Float[Tensor, "rows tokens"]) -> Float[Tensor, "rows d"]:

@@ -111,8 +111,9 @@ def test_faults_put_into_a_site_by_hand_are_found(walked: Any, label: str) -> No
     assert "device" in found["makes a tensor on the host"]["error"]
 
 
-# Of a step at T5-base's shapes, for each adapted layer: the `peft` package's LoRA has 18.
-MOST_OPERATIONS = {"lora": 15, "mixlora": 25, "moelora": 21, "more": 26, "tucka": 30, "ept": 32}
+# Of a step at T5-base's shapes in bf16, for each adapted layer: the `peft` package's LoRA has 18. Whoever makes a
+# method leaner lowers its number. A cache that fails under autocast shows here: shares of tokens cost 2.5 operations.
+MOST_OPERATIONS = {"lora": 11, "mixlora": 20.5, "moelora": 17, "more": 22.5, "tucka": 22, "ept": 27}
 
 
 def test_steps_at_true_shapes_have_few_operations(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import moepeft
 from moepeft import calls, entries
 from moepeft.calls import Part, Scope
 from moepeft.masks import Mask
+from moepeft.runtime import Forward
 from moepeft.siblings import note
 from tests.support.hosts import HOSTS, MORE_HOSTS, batch, build
 
@@ -61,6 +63,14 @@ def test_every_block_has_the_scope_of_a_first_look(host: str, padded: int, monke
     assert looks[True] < looks[False]  # blocks of two layers at least are alike
 
 
+def test_what_outlives_a_compiled_forward_can_be_made_by_torch_2_11() -> None:
+    """A graph of torch 2.11 makes no object of ours that is a default value, and no tuple of ours."""
+    kinds = (Forward, Scope)
+    defaults = [each.default for kind in kinds for each in fields(kind) if each.default is not MISSING]
+    assert all(default is None or isinstance(default, (bool, int)) for default in defaults)
+    assert not any(issubclass(kind, tuple) for kind in kinds)
+
+
 def hidden() -> Tensor:
     return torch.randn(ROWS, TOKENS, 2)
 
@@ -88,7 +98,7 @@ def test_what_a_scope_depends_on_is_looked_at_anew() -> None:
         "another type": ({**call, "x": x.double()}, around, PART),
         "another order": ({"bias": bias, "x": x, "attention_mask": mask, "flag": True}, around, PART),
         "inside of a call of other rows": ({**call, "x": x}, Scope(rows=ROWS + 1, tokens=TOKENS), PART),
-        "inside of a call with a mask": ({**call, "x": x}, around._replace(masks={"encoder": (Mask(mask),)}), PART),
+        "inside of a call with a mask": ({**call, "x": x}, replace(around, masks={"encoder": (Mask(mask),)}), PART),
         "another kind of module": ({**call, "x": x}, around, other),
         "positions first": ({**call, "x": x}, around, PART._replace(sequence_first=True)),
     }
