@@ -45,8 +45,12 @@ def add_linear(
 ) -> Float[Tensor, "*m o"]:
     """y plus `scale` times the linear map of x, in y's type.
 
-    In place on what the product makes, to the last bit what sums in tensors of their own would be; those take longer.
+    With a scale, in place on what the product makes: to the last bit what sums in tensors of their own would be, which
+    take longer. Without one, the product adds to a copy of y where shapes and types allow.
     """
+    if scale is None and x.shape[:-1] == y.shape[:-1] and x.dtype == y.dtype == weight.dtype == computing_type(x):
+        added = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T)
+        return added.view(y.shape)
     update = F.linear(x, weight if weight.dtype == x.dtype else weight.to(computing_type(x)))
     if scale is not None:
         update.mul_(scale)
