@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+LARGE = 1 << 16
+"""Numbers of an output from which a pass over it takes longer than the views of `torch.addmm`."""
+
 
 def computing_type(x: Tensor) -> torch.dtype:
     """The type of products with x: autocast's where it is on."""
@@ -46,11 +49,11 @@ def add_linear(
     """y plus `scale` times the linear map of x, in y's type.
 
     With a scale, in place on what the product makes: to the last bit what sums in tensors of their own would be, which
-    take longer. Without one, the product adds to a copy of y where shapes and types allow.
+    take longer. Without one, a CPU lets the product add to a copy of y, which saves a pass over large outputs.
     """
-    if scale is None and x.shape[:-1] == y.shape[:-1] and x.dtype == y.dtype == weight.dtype == computing_type(x):
-        added = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T)
-        return added.view(y.shape)
+    large = scale is None and y.numel() >= LARGE and y.device.type == "cpu" and not torch.compiler.is_compiling()
+    if large and x.shape[:-1] == y.shape[:-1] and x.dtype == y.dtype == weight.dtype == computing_type(x):
+        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T).view(y.shape)
     update = F.linear(x, weight if weight.dtype == x.dtype else weight.to(computing_type(x)))
     if scale is not None:
         update.mul_(scale)
