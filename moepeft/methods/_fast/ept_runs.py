@@ -1,9 +1,9 @@
 """Which scales a task uses, where the host knows: EPT multiplies a task's rows by no other.
 
 As published a task uses two experts of eight, so one or two scales of four: 46 % of the rank space on the average. The
-gates say which. A CPU reads them. Rows of one task that
-stand beside each other are one product, a run. To sort the rows by task in here was tried: with two threads the copies
-took longer than the products that were left out. Whoever makes the batch sorts its rows for nothing.
+gates say which. A CPU reads them. Rows of one task that stand beside each other are one product, a run. To sort the
+rows by task in here was tried: with two threads the copies took longer than the products that were left out. Whoever
+makes the batch sorts its rows for nothing.
 """
 
 from __future__ import annotations
