@@ -10,6 +10,9 @@ from torch import Tensor, nn
 LARGE = 1 << 16
 """Numbers of an output from which a pass over it takes longer than the views of `torch.addmm`."""
 
+NARROW = 16
+"""Rank below which a CPU takes up to four times as long for a product with as few columns as with as few rows."""
+
 
 def computing_type(x: Tensor) -> torch.dtype:
     """The type of products with x: autocast's where it is on."""
@@ -49,15 +52,34 @@ def add_linear(
     """y plus `scale` times the linear map of x, in y's type.
 
     With a scale, in place on what the product makes: to the last bit what sums in tensors of their own would be, which
-    take longer. Without one, a CPU lets the product add to a copy of y, which saves a pass over large outputs.
+    take longer.
     """
-    large = scale is None and y.numel() >= LARGE and y.device.type == "cpu" and not torch.compiler.is_compiling()
-    if large and x.shape[:-1] == y.shape[:-1] and x.dtype == y.dtype == weight.dtype == computing_type(x):
-        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.T).view(y.shape)
+    if scale is None and _adds_to_a_copy(y, x, weight):
+        # Of a narrow factor the library multiplies rows faster than columns, forward and backward.
+        return _add_to_a_copy(y, x, weight.T.contiguous() if weight.shape[1] < NARROW else weight.T)
     update = F.linear(x, weight if weight.dtype == x.dtype else weight.to(computing_type(x)))
     if scale is not None:
         update.mul_(scale)
     return (update if update.dtype == y.dtype else update.to(y.dtype)).add_(y)
+
+
+def add_product(
+    y: Float[Tensor, "*n o"], x: Float[Tensor, "*n k"], matrix: Float[Tensor, "k o"]
+) -> Float[Tensor, "*n o"]:
+    """y plus x times the matrix, in y's type."""
+    if _adds_to_a_copy(y, x, matrix):
+        return _add_to_a_copy(y, x, matrix)
+    return (x @ matrix).to(y.dtype).add_(y)
+
+
+def _adds_to_a_copy(y: Tensor, x: Tensor, factor: Tensor) -> bool:
+    """Whether a product adds to a copy of y: it saves a CPU a pass over a large output, and a GPU none."""
+    large = y.numel() >= LARGE and y.device.type == "cpu" and not torch.compiler.is_compiling()
+    return large and x.shape[:-1] == y.shape[:-1] and x.dtype == y.dtype == factor.dtype == computing_type(x)
+
+
+def _add_to_a_copy(y: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), matrix).view(y.shape)
 
 
 def token_shares(

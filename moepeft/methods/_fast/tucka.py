@@ -2,6 +2,9 @@
 
 M is linear in the gates of a site's experts. Their matrices depend on parameters alone, and are made for all sites
 together. The norms are divided out there.
+
+U is kept transposed, (r, i). So the rank is the number of rows of every narrow factor and of its gradient. With a rank
+below 16, the libraries of a CPU take up to four times as long for a product of as few columns.
 """
 
 from __future__ import annotations
@@ -10,33 +13,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepeft.errors import ConfigError
-from moepeft.ops.linear import add_linear, computing_type, multiply_rows
+from moepeft.ops.linear import add_product, computing_type, multiply_rows
 from moepeft.ops.precision import without_autocast
 from moepeft.ops.together import Together, alike
 
 Factors = tuple[Tensor, Tensor, Tensor, Any]
 """`moepeft.methods.tucka.Factors`: core, factor, mixing, ready."""
 Ready = tuple[Tensor, Tensor]
-"""Of a site: U, and the transposed matrices (k t, r r) of its experts, times alpha, with all norms divided out."""
+"""Of a site: U^T, and the matrices (k t, r r) of its experts, times alpha, with all norms divided out."""
 
 
 def correct_input(x: Tensor, factors: Factors, routing: Any, alpha: float) -> Tensor:
     """Fast path of `moepeft.methods.tucka.correct_input`."""
     ready: Ready = factors[3] or make_ready([factors], alpha)[0]
     kind = computing_type(x)
-    U, experts = ready[0].to(kind), ready[1]
-    number, r = len(routing.gates), U.shape[1]
-    transposed = (routing.gates.to(experts.dtype) @ experts).to(kind)
-    down = x @ U
+    U_T, experts = ready[0].to(kind), ready[1]
+    number, r = len(routing.gates), len(U_T)
+    M = (routing.gates.to(experts.dtype) @ experts).to(kind)
+    down = F.linear(x, U_T)
     if number == 1:
-        return add_linear(x, down, U @ transposed.view(r, r))
-    M = transposed.view(number, r, r).mT
+        return add_product(x, down, M.view(r, r) @ U_T)
+    M = M.view(number, r, r)
     if number != x.shape[0]:  # beam search repeated the rows after they were routed
         M = M.repeat_interleave(x.shape[0] // number, dim=0)
-    return add_linear(x, multiply_rows(down, M), U)
+    return add_product(x, multiply_rows(down, M), U_T)
 
 
 def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
@@ -53,17 +57,17 @@ def make_ready(factors: Sequence[Factors], alpha: float) -> list[Ready]:
         squares = torch.cat([U.square().sum(dim=(1, 2)) for U in Us])
         square = core.square().sum(dim=(2, 3, 4)) * mixing.square().sum(dim=(1, 2)).unsqueeze(1)
         scale = alpha * square.rsqrt() / squares.unsqueeze(1)
-        experts = (mixing.unsqueeze(1) @ core.mT.flatten(3)) * scale[:, :, None, None]
-        of_groups = ((group, U.to(kind)) for group, U in zip(groups, Us, strict=True))
+        experts = (mixing.unsqueeze(1) @ core.flatten(3)) * scale[:, :, None, None]
+        of_groups = ((group, U.mT.contiguous().to(kind)) for group, U in zip(groups, Us, strict=True))
         matrices, *parts = together.apart((order, experts.flatten(1, 2).to(kind)), *of_groups)
-    factor = {number: U for own in parts for number, U in own.items()}
+    factor = {number: U_T for own in parts for number, U_T in own.items()}
     return [(factor[number], matrices[number]) for number in range(len(factors))]
 
 
 def fixed_update(factors: Factors, gates: Tensor, weight: Tensor, alpha: float) -> Tensor:
     """alpha W0 T^T for the T of these gates, (experts,): the update of W0 where every input is routed alike."""
-    U, experts = make_ready([factors], alpha)[0]
+    U_T, experts = make_ready([factors], alpha)[0]
     if gates.shape != experts.shape[:1]:
         raise ConfigError(f"TuckA: gates of shape {tuple(gates.shape)}, wanted ({len(experts)},): groups times experts")
-    transposed = (gates.to(experts) @ experts).view(U.shape[1], -1)
-    return (weight.to(U) @ U @ transposed) @ U.T
+    M = (gates.to(experts) @ experts).view(len(U_T), -1)
+    return (weight.to(U_T) @ U_T.T @ M.T) @ U_T

@@ -19,7 +19,7 @@ from moepeft.errors import ConfigError, UnknownMethod, Unsupported
 from moepeft.methods.mixlora import MixLoRA, choose, feed_forward
 from moepeft.methods.more import MoRE
 from moepeft.methods.tucka import TuckA, dense_update
-from moepeft.ops.linear import add_linear, row_mean, token_shares
+from moepeft.ops.linear import add_linear, add_product, row_mean, token_shares
 from moepeft.registry import METHODS, factory_class
 from tests.support.hosts import batch, build, output
 
@@ -35,16 +35,18 @@ def test_row_mean_differentiates(masked: bool) -> None:
 
 @pytest.mark.parametrize("tokens", [3, 1 << 12])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32])
-def test_large_and_small_outputs_are_added_to_alike(tokens: int, kind: torch.dtype) -> None:
-    y, x = torch.randn(2, tokens, 24, dtype=kind), torch.randn(2, tokens, 5, dtype=torch.float64)
-    weight = torch.randn(24, 5, dtype=torch.float64)
+@pytest.mark.parametrize("rank", [5, 20])
+def test_large_and_small_outputs_are_added_to_alike(tokens: int, kind: torch.dtype, rank: int) -> None:
+    y, x = torch.randn(2, tokens, 24, dtype=kind), torch.randn(2, tokens, rank, dtype=torch.float64)
+    weight = torch.randn(24, rank, dtype=torch.float64)
     for inputs in (y, y.transpose(0, 1).contiguous().transpose(0, 1), y.expand(2, tokens, 24)):
         leaves = [leaf.clone().requires_grad_() for leaf in (inputs, x, weight)]
-        added = add_linear(*leaves)
-        torch.testing.assert_close(added, (inputs + x @ weight.T).to(kind))
-        grads = torch.autograd.grad(added.sum(), leaves)
-        torch.testing.assert_close(grads[0], torch.ones_like(y))
-        torch.testing.assert_close(grads[2], x.sum(dim=(0, 1)).expand(24, 5))
+        for added in (add_linear(*leaves), add_product(leaves[0], leaves[1], leaves[2].T)):
+            torch.testing.assert_close(added, (inputs + x @ weight.T).to(kind))
+            grads = torch.autograd.grad(added.sum(), leaves)
+            torch.testing.assert_close(grads[0], torch.ones_like(y))
+            torch.testing.assert_close(grads[1], weight.sum(dim=0).expand(2, tokens, rank))
+            torch.testing.assert_close(grads[2], x.sum(dim=(0, 1)).expand(24, rank))
 
 
 def _tucka(**fields: Any) -> tuple[nn.Sequential, moepeft.Attachment]:
