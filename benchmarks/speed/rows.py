@@ -96,10 +96,8 @@ def measure_group(
     for contestant in contestants:
         contestant.model.train(workload.trains)
     steps, failures = make_steps(contestants, host, workload)
-    settle = 0 if workload.trains else 1  # merging touches the weights right before the turn
-    timings = interleave(
-        list(steps.values()), warmup=schedule.warmup, repeats=schedule.repeats, device=device, settle=settle
-    )
+    counts = {"warmup": schedule.warmup, "repeats": schedule.repeats, "settle": workload.settle}
+    timings = interleave(list(steps.values()), device=device, **counts)
     timings.failures.update(failures)
     with collecting_between_rounds():
         costs, uncounted = _all_costs(contestants, steps, timings, host, workload)

@@ -34,6 +34,9 @@ NOTES = (
     "kernels: tensor operations counted, views left out: what small steps take time for whatever their size.",
     "operations per site: the kernels above those of the frozen model, for each adapted layer.",
 )
+SETTLED = (
+    "{work.mode}: untimed steps of the contestant before each timed one, so that caches are its own: {work.settle}."
+)
 GROWTH_NOTES = (
     "Median time of forward, loss and backward. exponent: b of time = a value^b, by least squares on logarithms.",
     "{rows} x {length} tokens of {tasks} tasks where the axis does not say otherwise.",
@@ -163,10 +166,11 @@ def compare(
     device = next(host.parameters()).device
     weights = held(host.parameters(), torch.device("cpu")) / _MEBI
     notes = [note.format(tasks=options.tasks, peak=memory_kind(device), weights=weights) for note in NOTES]
+    settled = dict.fromkeys(SETTLED.format(work=group.workload) for group in groups if group.workload.settle)
     return Outcome(
         f"{SPEED_OF}{options.described}",
         [group_table(group, reference) for group in groups],
-        (*notes, *_failures(unbuilt)),
+        (*notes, *settled, *_failures(unbuilt)),
         [*unbuilt, *(row for group in groups for row in group.rows)],
         {"groups": groups, "not_built": unbuilt},
     )

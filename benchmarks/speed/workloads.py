@@ -48,6 +48,15 @@ class Workload:
         """Whether a step goes backward."""
         return self.mode in ("train", "host")
 
+    @property
+    def settle(self) -> int:
+        """Untimed steps before each timed one: in training and in serving a step follows others of its own.
+
+        A small step takes up to a tenth longer after other contestants' steps, which leave it cold caches, and the more
+        so the more contestants there are. At true shapes a training step is long, and its caches do not matter.
+        """
+        return {"train": 0, "host": 3}.get(self.mode, 1)  # 1: merging has touched the weights as well
+
     def tokens(self, kind: Kind) -> int:
         """Tokens per step, none of them padding; a sequence-to-sequence model trains on those of the target too."""
         if self.mode == "decode":

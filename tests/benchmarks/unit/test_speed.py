@@ -162,6 +162,24 @@ def test_only_the_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interleave([slow], warmup=0, repeats=2, device=CPU, settle=1).seconds == {"slow": [2, 2]}
 
 
+def test_small_steps_do_not_pay_for_what_others_left_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step after another contestant's takes longer, and the more so the more others there were."""
+    clock, last = Clock(monkeypatch), [""]
+
+    def small(name: str, others: int) -> Step:
+        def run() -> None:
+            clock.spend(2 if last[0] == name else 2 + others)
+            last[0] = name
+
+        return Step(name, run)
+
+    settle = Workload("host", 4, 16, 8).settle
+    for company in ("ab", "abcdefgh"):
+        steps = [small(name, len(company)) for name in company]
+        seconds = interleave(steps, warmup=0, repeats=3, device=CPU, settle=settle).seconds
+        assert set(map(tuple, seconds.values())) == {(2, 2, 2)}
+
+
 def test_a_turn_on_a_gpu_is_several_steps_between_two_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host queues work of 3 s in 1 s; what one contestant leaves in the queue is not the next one's time."""
     clock, queue = Clock(monkeypatch), [0.0]
