@@ -11,7 +11,7 @@ LARGE = 1 << 16
 """Numbers of an output from which a pass over it takes longer than the views of `torch.addmm`."""
 
 NARROW = 16
-"""Rank below which a CPU takes up to four times as long for a product with as few columns as with as few rows."""
+"""Rank below which a CPU takes several times as long for a product with as few columns as with as few rows."""
 
 
 def computing_type(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ M is linear in the gates of a site's experts. Their matrices depend on parameter
 together. The norms are divided out there.
 
 U is kept transposed, (r, i). So the rank is the number of rows of every narrow factor and of its gradient. With a rank
-below 16, the libraries of a CPU take up to four times as long for a product of as few columns.
+below 16, the libraries of a CPU take several times as long for a product of as few columns.
 """
 
 from __future__ import annotations
