@@ -293,17 +293,17 @@ def begin_at_layer(state: State, x: Tensor, training: bool) -> Forward:
 
 def _entry_generate(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     entries = entries_of(module)
-    copies = _copies(module, kwargs)
+    copies = _copies(module, {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs})
     with ExitStack() as inside:
         for entry in entries:
             inside.enter_context(entry.state.runtime.changed(copies=copies))
         return _inner(module, entries, "generate")(*args, **kwargs)
 
 
-def _copies(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
+def _copies(module: nn.Module, call: Mapping[str, Any]) -> int:
     """How often `generate` repeats each row, in place."""
-    config = kwargs.get("generation_config") or getattr(module, "generation_config", None)
-    wanted = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    config = call.get("generation_config") or getattr(module, "generation_config", None)
+    wanted = (call.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
     return max(number or 1 for number in wanted)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import moepeft
 from moepeft.bridges.peft_checkpoints import export_lora
@@ -176,3 +177,22 @@ def test_mixlora_says_why_no_routing_makes_it_a_lora(tmp_path: Path) -> None:
     adapters = moepeft.attach(build("llama"), moepeft.method("mixlora"))
     with pytest.raises(NotMergeable, match="every token has its own experts"):
         export_lora(adapters, tmp_path, gates=torch.ones(8))
+
+
+@pytest.mark.parametrize("host", ["t5", "llama"])
+def test_beams_are_known_however_generate_is_told(host: str) -> None:
+    """By keyword, in a configuration by keyword or by position, or in the model's own configuration."""
+    model, ids = build(host).eval(), torch.tensor([0, 1, 2, 0])
+    adapters = moepeft.attach(model, moepeft.method("moelora", num_tasks=3, rank=4, num_experts=2))
+    for parameter in adapters.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    inputs = batch(model)["input_ids"]
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "pad_token_id": 0}
+    options |= {"decoder_start_token_id": 0} if host == "t5" else {}
+    config = GenerationConfig(**options)
+    with adapters.route(task_ids=ids):
+        wanted = model.generate(inputs, **options)
+        assert torch.equal(model.generate(inputs, generation_config=config), wanted)
+        assert torch.equal(model.generate(inputs, config), wanted)
+        model.generation_config = config
+        assert torch.equal(model.generate(inputs), wanted)
