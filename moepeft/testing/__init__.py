@@ -9,11 +9,13 @@ failed, and what to do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import cast
 
+from moepeft.attach import attach
 from moepeft.config import with_tasks
-from moepeft.errors import ContractError
+from moepeft.errors import ContractError, Unsupported
 from moepeft.protocols import AdapterFactory, FactoryClass
 from moepeft.registry import registered
 
@@ -26,22 +28,40 @@ __all__ = ["CLAUSES", "HOSTS", "Clause", "Host", "check_clause", "check_method"]
 def check_method(factory: AdapterFactory, hosts: Sequence[Host] = HOSTS) -> None:
     """Hold a configured method to every clause of the contract on every host that it can adapt.
 
-    The method need not be registered. A method that knows tasks is configured for four of them.
+    The method need not be registered. A method that knows tasks is configured for four of them. A host that the method
+    refuses, by `moepeft.errors.Unsupported`, is left out with a warning.
 
     Args:
         factory: the method's configuration.
         hosts: the models; by default an encoder, one with gated feed-forward networks, and one without positions.
 
     Raises:
-        ContractError: a clause does not hold.
+        ContractError: a clause does not hold, or the method refuses every host.
     """
     factory = with_tasks(factory, ROWS)
     # A layout whose rows are not the first dimension has no batch of mixed rows on these hosts.
     clauses = CLAUSES if factory.capabilities.batch_first else (count_is_the_closed_form,)
     with registered(cast(FactoryClass, type(factory))):
+        refusals = {host.name: _refusal(factory, host) for host in hosts}
+        if all(refusals.values()):
+            raise ContractError(f"{factory.name} refuses every host, so nothing was checked: {refusals}")
         for host in hosts:
+            if refusals[host.name] is not None:
+                warnings.warn(f"{factory.name} was not checked on {host.name}: {refusals[host.name]}", stacklevel=2)
+                continue
             for clause in clauses:
                 check_clause(clause, factory, host)
+
+
+def _refusal(factory: AdapterFactory, host: Host) -> str | None:
+    """Why the method adapts no layer of the host; None if it adapts some, or fails in another way."""
+    try:
+        attach(host.build(), factory)
+    except Unsupported as error:
+        return str(error)
+    except Exception:  # the clauses say which of them it breaks
+        return None
+    return None
 
 
 def check_clause(clause: Clause, factory: AdapterFactory, host: Host) -> None:
