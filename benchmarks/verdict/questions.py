@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -211,7 +212,7 @@ def answer_smallest(question: str, found: Mechanism) -> Answer:
 
 
 def answer_fastest(evidence: Evidence) -> Answer:
-    """The shortest training step."""
+    """The shortest training step: whoever is first in a table, and in how many, as shapes and devices differ."""
     question = "Fastest to train: which method?"
     tables = [
         table for table in evidence.speed if "Training step" in table["title"] and ratio_column(table) is not None
@@ -229,9 +230,9 @@ def answer_fastest(evidence: Evidence) -> Answer:
         told = ", ".join(f"{row['contestant']} {row[ratio]}" for _, row in known.iterrows())
         sentences.append(f"{table['title']}, {ratio.removeprefix('x ')} as 1: {told}.")
         links.append(evidence.link(table))
-    sentences += [f"{one.words}." for one in evidence.merged]
+    sentences += ["In brackets: in how many tables the method is first.", *(f"{one.words}." for one in evidence.merged)]
     links += [one.link for one in evidence.merged]
-    choice = ", ".join(dict.fromkeys(fastest))
+    choice = ", ".join(f"{name} ({times} of {len(tables)})" for name, times in Counter(fastest).most_common())
     return Answer(question, choice, tuple(sentences), tuple(dict.fromkeys(links)), Strength.MEASURED)
 
 

@@ -153,6 +153,18 @@ def test_merged_without_latency_is_what_the_tables_say(tmp_path: Path) -> None:
     assert rule_on_claims(Evidence(tmp_path), [other])[0].ruling == "not reproduced"
 
 
+def test_the_fastest_says_in_how_many_tables_it_is_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "speed" / "tables"
+    folder.mkdir(parents=True)
+    for host, lora, tucka in (("minilm", 0.99, 0.94), ("t5-base", 1.02, 1.21), ("llama-2-7b", 0.95, 1.05)):
+        (folder / f"{host}.md").write_text(
+            f"## Speed of {host}, fp32\n\n### Training step: 32 x 64 tokens\n\n| contestant | x peft |\n|:--|--:|\n"
+            f"| frozen | 0.5 |\n| lora | {lora} (0.9 to 1.1) |\n| tucka | {tucka} (0.9 to 1.3) |\n"
+        )
+    answer = next(each for each in answer_all(Evidence(tmp_path)) if each.question.startswith("Fastest"))
+    assert answer.choice == "lora (2 of 3), tucka (1 of 3)"
+
+
 def test_the_best_is_told_for_every_kind_of_update() -> None:
     one, other = pretend(SCORES, swap_loss=0.5), pretend(SCORES | {"lora": [1.6, 1.7, 1.5, 1.6]}, swap_loss=0.5)
     frame = pd.concat([one.frame.assign(structure="pool"), other.frame.assign(structure="nested")])
