@@ -293,11 +293,13 @@ def begin_at_layer(state: State, x: Tensor, training: bool) -> Forward:
 
 def _entry_generate(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     entries = entries_of(module)
-    copies = _copies(module, {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs})
+    generate = _inner(module, entries, "generate")
+    # By its own names: the second argument is a configuration in most models, and in BLIP-2 the prompt.
+    copies = _copies(module, {**dict(zip(inspect.signature(generate).parameters, args, strict=False)), **kwargs})
     with ExitStack() as inside:
         for entry in entries:
             inside.enter_context(entry.state.runtime.changed(copies=copies))
-        return _inner(module, entries, "generate")(*args, **kwargs)
+        return generate(*args, **kwargs)
 
 
 def _copies(module: nn.Module, call: Mapping[str, Any]) -> int:

@@ -196,3 +196,26 @@ def test_beams_are_known_however_generate_is_told(host: str) -> None:
         assert torch.equal(model.generate(inputs, config), wanted)
         model.generation_config = config
         assert torch.equal(model.generate(inputs), wanted)
+
+
+def test_a_second_argument_of_generate_is_what_the_model_calls_it() -> None:
+    """BLIP-2 gets its prompt second, and no configuration."""
+
+    class Captioner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.generation_config = nn.Linear(4, 4), GenerationConfig(num_beams=2)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.layer(pixels)
+
+        def generate(self, pixels: Tensor, prompt: Tensor, **options: Any) -> Tensor:
+            return self(pixels.repeat_interleave(options.get("num_beams", 2), dim=0)) + prompt.sum()
+
+    model, x = Captioner(), torch.randn(3, 5, 4)
+    adapters = moepeft.attach(model, moepeft.method("moelora", num_tasks=3, rank=4, num_experts=2))
+    for parameter in adapters.parameters():
+        parameter.data.add_(1.0)
+    wanted = model(x.repeat_interleave(2, dim=0), task_ids=torch.arange(3).repeat_interleave(2)) + 3
+    with adapters.route(task_ids=torch.arange(3)):
+        assert torch.equal(model.generate(x, torch.arange(3)), wanted)
