@@ -48,8 +48,8 @@ def attach(
     Raises:
         ConfigError: `factory` is a name or a class in place of a configured method.
         NoMatchingSite: `sites`, `exclude`, `train` or `train_per_task` matches nothing.
-        Unsupported: the method cannot work on this model, its blocks have no layer that it could adapt and `sites`
-            was not given, or its weights are sharded already.
+        Unsupported: the method cannot work on this model, the model is itself a layer, its blocks have no layer that it
+            could adapt and `sites` was not given, or its weights are sharded already.
         AlreadyAttached: a chosen layer has an adapter. Attachments on other layers stand side by side.
     """
     if isinstance(factory, type) or not isinstance(factory, AdapterFactory):
@@ -63,6 +63,11 @@ def attach(
         heads.check(model, per_task, factory)
     whole = (*along, *per_task)
     found, unreachable = survey(model)
+    if any(site.carrier == "" for site in found):
+        raise Unsupported(
+            f"the model is itself a layer, a {type(model).__name__}, and nothing around it can begin a forward: wrap "
+            "the layer, as in nn.Sequential(layer)"
+        )
     wanted = tuple(site for site in select_sites(found, sites, exclude) if not is_beneath(site.name, whole))
     if sites is None:
         _refuse_the_head_alone(model, wanted, unreachable)

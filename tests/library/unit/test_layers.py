@@ -271,3 +271,8 @@ def _first(name: str) -> str:
         name = name.replace(f"albert_layer_groups.{number}.", "albert_layer_groups.0.")
         name = name.replace(f"albert_layer_groups/{number}/", "albert_layer_groups/0/")
     return name
+
+
+def test_a_model_that_is_itself_a_layer_is_refused() -> None:
+    with pytest.raises(Unsupported, match=r"is itself a layer, a Linear.*wrap the layer, as in nn.Sequential"):
+        moepeft.attach(nn.Linear(4, 4), moepeft.method("lora"))
